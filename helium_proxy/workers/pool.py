@@ -1,0 +1,233 @@
+"""The set of workers, and the tasks that watch them.
+
+One task a worker: it asks `/health`, then learns models, block size, capacity and load. Everybody else reads
+`Worker` objects and is told of changes through `on_change`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import orjson
+import structlog
+
+from helium_proxy import metrics
+from helium_proxy.errors import InvalidRequest, NotFound
+from helium_proxy.workers.settings import WorkerSpec, WorkersSettings
+from helium_proxy.workers.upstream import SendFailed, UpstreamClient
+from helium_proxy.workers.worker import Facts, Worker, WorkerState, read_metrics, read_models, worker_id
+
+log = structlog.get_logger(__name__)
+
+_DRAIN_POLL_S = 0.05
+
+
+class Pool:
+    """Workers by id. `on_change(worker)` is called after a state, an epoch or its facts changed; `on_gone(worker)`
+    when one has been removed."""
+
+    def __init__(
+        self,
+        settings: WorkersSettings,
+        client: UpstreamClient,
+        *,
+        on_change: Callable[[Worker], None],
+        on_gone: Callable[[Worker], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._client = client
+        self._on_change = on_change
+        self._on_gone = on_gone
+        self._clock = clock
+        # -- state
+        self._workers: dict[str, Worker] = {}  # by id, in the order they were added
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # the watcher of each
+        self._prodded: dict[str, asyncio.Event] = {}  # set to have a worker checked at once
+
+    def __repr__(self) -> str:
+        return f"<Pool {[repr(w) for w in self._workers.values()]}>"
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def get(self, worker: str) -> Worker | None:
+        return self._workers.get(worker)
+
+    def all(self) -> list[Worker]:
+        return list(self._workers.values())
+
+    def models(self) -> set[str]:
+        """Models of the workers that are up (or, while none has come up yet, of none)."""
+        return {m.id for w in self._workers.values() if w.state == "up" for m in w.facts.models}
+
+    def add(self, spec: WorkerSpec) -> Worker:
+        """Adds a worker and starts to watch it; adding one that is there changes nothing, except that one that
+        was draining serves again. Raises InvalidRequest beyond the limit."""
+        known = self._workers.get(worker_id(spec.url))
+        if known is not None:
+            if known.state == "draining":
+                self._set_state(known, "starting")
+            return known
+        if len(self._workers) >= self._settings.max_workers:
+            raise InvalidRequest(f"no more than {self._settings.max_workers} workers", param="url")
+        worker = Worker(spec, self._settings)
+        self._workers[worker.id] = worker
+        self._prodded[worker.id] = asyncio.Event()
+        self._tasks[worker.id] = asyncio.create_task(self._watch(worker), name=f"watch {worker.id}")
+        log.info("worker added", worker=worker.id)
+        return worker
+
+    async def remove(self, worker: str, *, drain_s: float = 30.0) -> None:
+        """Takes no more calls to it, waits up to `drain_s` for those it has, and forgets it. Raises NotFound."""
+        found = self._workers.get(worker)
+        if found is None:
+            raise NotFound(f"no worker {worker!r}", param="worker")
+        self._set_state(found, "draining")
+        deadline = self._clock() + drain_s
+        while found.inflight and self._clock() < deadline:
+            await asyncio.sleep(_DRAIN_POLL_S)
+        if found.state != "draining" or worker not in self._workers:
+            return  # added again, or removed by someone else, meanwhile
+        del self._workers[worker]
+        self._prodded.pop(worker, None)
+        task = self._tasks.pop(worker, None)
+        if task is not None:
+            task.cancel()
+        for gauge in (metrics.WORKER_UP,):
+            for model in found.facts.models:
+                gauge.labels(worker, metrics.bounded("model", model.id)).set(0)
+        self._on_gone(found)
+        log.info("worker removed", worker=worker)
+
+    async def sync(self, specs: Iterable[WorkerSpec]) -> None:
+        """Makes the set equal to `specs`: adds what is missing, drains and removes the rest."""
+        wanted = {worker_id(s.url): s for s in specs}
+        gone = [w for w in self._workers if w not in wanted]
+        for spec in wanted.values():
+            self.add(spec)
+        await asyncio.gather(*(self.remove(w) for w in gone), return_exceptions=True)
+
+    def note(self, worker: Worker, failure: SendFailed | None) -> None:
+        """A passive signal: how a send to `worker` ended. A refused or lost connection has it checked at once."""
+        now = self._clock()
+        if failure is not None and failure.kind == "stale":
+            return
+        if worker.breaker.record(failure is None, now):
+            metrics.BREAKER_OPENS.labels(worker.id).inc()
+            log.warning("breaker opened", worker=worker.id, error=str(failure))
+            self._on_change(worker)
+        if failure is not None and failure.kind in ("refused", "lost"):
+            event = self._prodded.get(worker.id)
+            if event is not None:
+                event.set()
+
+    async def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._tasks.clear()
+
+    # -- watching
+
+    async def _watch(self, worker: Worker) -> None:
+        settings, prodded = self._settings, self._prodded[worker.id]
+        models_due = 0.0
+        health_due = 0.0
+        while True:
+            now = self._clock()
+            try:
+                if now >= health_due or prodded.is_set():
+                    urgent = prodded.is_set()
+                    prodded.clear()
+                    models_due = await self._check(worker, models_due, urgent=urgent)
+                    health_due = self._clock() + settings.health_interval_s
+                if worker.state in ("up", "draining"):
+                    await self._learn_metrics(worker)
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                log.exception("watching failed", worker=worker.id)
+            pause = settings.metrics_interval_s if worker.state == "up" else settings.retry_down_s
+            if worker.state != "up":
+                health_due = 0.0
+            try:
+                await asyncio.wait_for(prodded.wait(), pause * random.uniform(0.8, 1.2))
+            except TimeoutError:
+                pass
+
+    async def _check(self, worker: Worker, models_due: float, *, urgent: bool) -> float:
+        """One health check; returns when the models are to be read next."""
+        settings = self._settings
+        try:
+            status, _ = await self._get(worker, "/health")
+            if status == 404:  # not vLLM, but something that speaks its protocol
+                status = 200
+            if status != 200:
+                raise SendFailed("lost", f"/health answered {status}")
+            now = self._clock()
+            if now >= models_due or worker.state != "up":
+                status, body = await self._get(worker, "/v1/models")
+                if status != 200:
+                    raise SendFailed("lost", f"/v1/models answered {status}")
+                worker.facts = read_models(worker.facts, orjson.loads(body))
+                models_due = now + settings.models_interval_s
+        except (SendFailed, ValueError) as error:
+            worker.failed_checks += 1
+            worker.last_error = str(error)
+            refused = isinstance(error, SendFailed) and error.kind == "refused"
+            # A refused connection on a check that a failed call asked for leaves nothing to wait for.
+            if worker.state == "up" and (worker.failed_checks >= settings.unhealthy_after or (urgent and refused)):
+                self._set_state(worker, "down")
+            return 0.0
+        worker.failed_checks = 0
+        worker.last_error = None
+        if worker.state in ("starting", "down"):
+            await self._learn_metrics(worker)
+            worker.epoch += 1
+            worker.breaker.reset()
+            self._set_state(worker, "up")
+        return models_due
+
+    async def _learn_metrics(self, worker: Worker) -> None:
+        try:
+            status, text = await self._get(worker, "/metrics")
+        except SendFailed:
+            return
+        if status != 200:
+            return
+        before = worker.facts
+        worker.facts = after = read_metrics(before, text, worker.spec)
+        if after.prompt_tokens < before.prompt_tokens:
+            worker.epoch += 1
+        if _differs(before, after):
+            self._on_change(worker)
+
+    async def _get(self, worker: Worker, path: str) -> tuple[int, bytes]:
+        answer = await self._client.send(
+            worker, "GET", path, headers={}, body=None, timeout_s=self._settings.health_timeout_s
+        )
+        return answer.status, await answer.read()
+
+    def _set_state(self, worker: Worker, state: WorkerState) -> None:
+        if worker.state == state:
+            return
+        log.info("worker state", worker=worker.id, state=state, was=worker.state, error=worker.last_error)
+        worker.state = state
+        for model in worker.facts.models:
+            up = 1 if state == "up" else 0
+            metrics.WORKER_UP.labels(worker.id, metrics.bounded("model", model.id)).set(up)
+        self._on_change(worker)
+
+
+def _differs(before: Facts, after: Facts) -> bool:
+    """Whether anything but the load changed."""
+    return replace(before, running=0, waiting=0, kv_usage=0, prompt_tokens=0, preemptions=0) != replace(
+        after, running=0, waiting=0, kv_usage=0, prompt_tokens=0, preemptions=0
+    )
