@@ -1,0 +1,35 @@
+"""Prompts as chains of block hashes: from token ids where they are known, from text where they are not."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import xxhash
+
+_hash = xxhash.xxh3_64_intdigest
+
+
+def token_chain(tokens: Sequence[int] | array[int], block_size: int, salt: str = "") -> tuple[int, ...]:
+    """One hash per *full* block of `block_size` tokens, each seeded by the one before (vLLM never caches a shorter
+    tail). `salt` separates what must not be shared: model, adapter, tenant's `cache_salt`."""
+    data = memoryview(tokens if isinstance(tokens, array) else array("I", tokens)).cast("B")
+    width = block_size * 4
+    seed = _hash(salt.encode()) if salt else 0
+    chain: list[int] = []
+    for start in range(0, len(data) - width + 1, width):
+        seed = _hash(data[start : start + width], seed)
+        chain.append(seed)
+    return tuple(chain)
+
+
+def text_chain(pieces: Sequence[str], block_chars: int, salt: str = "") -> tuple[int, ...]:
+    """The fallback without a tokenizer: blocks of `block_chars` characters of the pieces (role and text of each
+    message) put together. Equal prefixes give equal leading hashes, which is all that placement needs."""
+    text = "\x1e".join(pieces).encode("utf-8", "surrogatepass")
+    seed = _hash(salt.encode()) if salt else 0
+    chain: list[int] = []
+    for start in range(0, len(text) - block_chars + 1, block_chars):
+        seed = _hash(text[start : start + block_chars], seed)
+        chain.append(seed)
+    return tuple(chain)

@@ -1,0 +1,230 @@
+"""A request's prompt as the engine will see it: its token ids, or failing that its text.
+
+The chat template and the tokenizer of the served model give the very ids the engine computes with (`LocalTokenizer`:
+checked against the worker's own `/tokenize` before it is trusted). Encoding is the dear part, and agents send the
+same system prompts and documents over and over: so a rendered prompt is cut at the template's special tokens, where
+no token can cross, and each piece is encoded once (a bounded cache).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+
+Tokens = array  # of unsigned 32-bit ids ("I")
+
+
+class CannotTokenize(Exception):
+    """This request's ids cannot be known here (pictures, a template of the client's own, an unknown route)."""
+
+
+class Tokenizer(Protocol):
+    """Turns requests into token ids."""
+
+    def request(self, route: str, body: Mapping[str, Any]) -> array[int]:
+        """The prompt's ids. Raises CannotTokenize."""
+
+    def text(self, text: str) -> array[int]:
+        """The ids of plain text, without special tokens."""
+
+
+_OWN_TEMPLATE = (
+    "chat_template",
+    "documents",
+    "continue_final_message",
+    "truncate_prompt_tokens",
+    "mm_processor_kwargs",
+)
+
+
+class LocalTokenizer:
+    """The model folder's tokenizer and chat template. Raises OSError or ValueError when the folder has none."""
+
+    def __init__(self, folder: Path, *, cache_tokens: int = 4_000_000) -> None:
+        self._encoder = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        self._variables = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+            if (value := config.get(name)) is not None
+        }
+        self._template = _compile(_template_source(folder, config))
+        special = sorted(
+            (t.content for t in self._encoder.get_added_tokens_decoder().values() if not (t.lstrip or t.rstrip)),
+            key=len,
+            reverse=True,
+        )
+        self._special = {s: self._encoder.token_to_id(s) for s in special}
+        self._split = re.compile("(" + "|".join(map(re.escape, special)) + ")") if special else None
+        # -- state
+        self._cache: OrderedDict[str, array[int]] = OrderedDict()  # piece → ids, least recent first
+        self._cached = 0  # ids in it
+        self._cache_tokens = cache_tokens
+
+    def __repr__(self) -> str:
+        return f"<LocalTokenizer {len(self._cache)} pieces, {self._cached} ids>"
+
+    def request(self, route: str, body: Mapping[str, Any]) -> array[int]:
+        if route == "/v1/completions":
+            return self._completion(body)
+        if route != "/v1/chat/completions" or any(body.get(f) for f in _OWN_TEMPLATE):
+            raise CannotTokenize(route)
+        try:
+            rendered = self._template.render(
+                messages=[_plain(m) for m in body["messages"]],
+                tools=_tools(body),
+                add_generation_prompt=body.get("add_generation_prompt", True),
+                **{**self._variables, **(body.get("chat_template_kwargs") or {})},
+            )
+        except (jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CannotTokenize(str(error)) from error
+        return self._pieces(rendered)
+
+    def text(self, text: str) -> array[int]:
+        return array("I", self._encoder.encode(text, add_special_tokens=False).ids)
+
+    def _completion(self, body: Mapping[str, Any]) -> array[int]:
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and prompt and all(isinstance(t, int) for t in prompt):
+            return array("I", prompt)
+        if isinstance(prompt, list) and len(prompt) == 1:
+            prompt = prompt[0]
+        if not isinstance(prompt, str) or not body.get("add_special_tokens", True):
+            raise CannotTokenize("several prompts")
+        return array("I", self._encoder.encode(prompt).ids)
+
+    def _pieces(self, rendered: str) -> array[int]:
+        if self._split is None:
+            return self.text(rendered)
+        ids: array[int] = array("I")
+        for piece in self._split.split(rendered):
+            special = self._special.get(piece)
+            if special is not None:
+                ids.append(special)
+            elif piece:
+                ids.extend(self._piece(piece))
+        return ids
+
+    def _piece(self, piece: str) -> array[int]:
+        cached = self._cache.get(piece)
+        if cached is not None:
+            self._cache.move_to_end(piece)
+            return cached
+        ids = self.text(piece)
+        self._cache[piece] = ids
+        self._cached += len(ids)
+        while self._cached > self._cache_tokens:
+            _, old = self._cache.popitem(last=False)
+            self._cached -= len(old)
+        return ids
+
+
+def _template_source(folder: Path, config: Mapping[str, Any]) -> str:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text("utf-8")
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several by name, as old tokenizer configs have them
+        source = next((t["template"] for t in source if t.get("name") == "default"), None)
+    if not isinstance(source, str):
+        raise ValueError(f"no chat template in {folder}")
+    return source
+
+
+def _compile(source: str) -> jinja2.Template:
+    """The template in the environment that Hugging Face's `apply_chat_template` gives it."""
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)  # noqa: DTZ005
+    return environment.from_string(source)
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as vLLM hands it to the template: text parts joined by newlines, tool arguments parsed."""
+    plain = dict(message)
+    content = message.get("content")
+    if isinstance(content, list):
+        if any(part.get("type") not in ("text", "input_text", "output_text", "refusal") for part in content):
+            raise CannotTokenize("not only text")
+        plain["content"] = "\n".join(part.get("text") or part.get("refusal") or "" for part in content)
+    calls = message.get("tool_calls")
+    if calls:
+        plain["tool_calls"] = [_parsed(call) for call in calls]
+    return plain
+
+
+def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(call.get("function") or {})
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        function["arguments"] = json.loads(arguments) if arguments else {}
+    return {**call, "function": function}
+
+
+def _tools(body: Mapping[str, Any]) -> list[Any] | None:
+    tools = body.get("tools")
+    return None if not tools or body.get("tool_choice") == "none" else list(tools)
+
+
+def prompt_pieces(route: str, body: Mapping[str, Any]) -> list[str]:
+    """The prompt's text in the engine's order (tools, system, messages), for hashing where no ids are known;
+    empty for routes that have no prompt."""
+    pieces: list[str] = []
+    tools = body.get("tools")
+    if tools:
+        pieces.append(json.dumps(tools, sort_keys=True))
+    for field in ("system", "instructions"):
+        if body.get(field):
+            pieces.append(_flat(body[field]))
+    if route == "/v1/completions":
+        prompt = body.get("prompt")
+        pieces.append(prompt if isinstance(prompt, str) else json.dumps(prompt))
+    items = body.get("messages") if "messages" in body else body.get("input") if route == "/v1/responses" else None
+    if isinstance(items, str):
+        pieces.append(items)
+    elif isinstance(items, list):
+        for item in items:
+            if isinstance(item, dict):
+                pieces.append(str(item.get("role") or item.get("type") or ""))
+                pieces.append(_flat(item.get("content")))
+                if item.get("tool_calls"):
+                    pieces.append(json.dumps(item["tool_calls"], sort_keys=True))
+                for field in ("output", "arguments"):
+                    if field in item:
+                        pieces.append(_flat(item[field]))
+            else:
+                pieces.append(str(item))
+    return pieces
+
+
+def _flat(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None:
+        return ""
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        return "\n".join(p["text"] for p in content)
+    return json.dumps(content, sort_keys=True)
