@@ -1,0 +1,221 @@
+"""The loop around `decide`: callers wait for an assignment, workers' changes and finished calls set it going.
+
+Arrivals of one turn of the event loop (a fan-out's siblings) are decided together. No I/O happens here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from helium_proxy import metrics
+from helium_proxy.dispatch.policy import decide
+from helium_proxy.dispatch.settings import DispatchSettings
+from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall, WorkerState
+from helium_proxy.errors import ModelNotFound, NoWorker, QueueFull
+from helium_proxy.residency.index import Chain
+from helium_proxy.workers.pool import Pool
+from helium_proxy.workers.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchStatistics:
+    """Calls waiting and running, decisions made, and the longest decision in seconds."""
+
+    queued: int
+    running: int
+    decisions: int
+    slowest_s: float
+
+
+class Dispatcher:
+    """Hands out assignments. Every `acquire` that returned must be followed by one `release`."""
+
+    def __init__(self, settings: DispatchSettings, pool: Pool, *, clock: Callable[[], float]) -> None:
+        self._pool = pool
+        self._clock = clock
+        # -- state
+        self.state = DispatchState(settings)
+        self._waiting: dict[str, asyncio.Future[Assignment]] = {}  # call → its caller
+        self._pump_due = False
+        self._came_up = asyncio.Event()  # set, and replaced, whenever a worker changed
+        self._decisions = 0
+        self._slowest = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher {self.state!r}>"
+
+    def statistics(self) -> DispatchStatistics:
+        running = sum(len(w.running) for w in self.state.workers.values())
+        return DispatchStatistics(self.state.queued, running, self._decisions, self._slowest)
+
+    async def acquire(self, call: QueuedCall) -> Assignment:
+        """Waits until `call` may start. Raises QueueFull, ModelNotFound, or NoWorker when none of its model comes
+        up in time. Cancelling the wait takes the call out of the queue."""
+        settings = self.state.settings
+        if self.state.queued >= settings.max_queue:
+            raise QueueFull(f"{self.state.queued} calls are waiting already", retry_after=self._retry_after())
+        await self.wait_for_model(call.model)
+        future: asyncio.Future[Assignment] = asyncio.get_running_loop().create_future()
+        self._waiting[call.id] = future
+        self.state.enqueue(call, self._clock())
+        self._pump_soon()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not self.state.withdraw(call) and future.done() and not future.cancelled():
+                self.release(future.result(), ok=False)
+            raise
+        finally:
+            self._waiting.pop(call.id, None)
+
+    def release(
+        self,
+        assignment: Assignment,
+        *,
+        ok: bool,
+        computed_tokens: int | None = None,
+        cached_tokens: int | None = None,
+        output_tokens: int | None = None,
+        extension: Chain = (),
+    ) -> None:
+        """The call is over. Counts come from the worker's `usage`, None where it gave none; `extension` is the part
+        of the chain that its output added."""
+        worker = self.state.workers.get(assignment.worker)
+        self._pump_soon()
+        if worker is None or worker.release(assignment.call.id, extension if ok else ()) is None:
+            return
+        now = self._clock()
+        call = assignment.call
+        if not ok:
+            worker.rates.abandoned(now)
+            return
+        if cached_tokens is not None and cached_tokens + call.block_size <= assignment.cached_tokens:
+            worker.residency.correct(call.chain, cached_tokens // call.block_size)
+            worker.version += 1
+        computed = computed_tokens if computed_tokens is not None else call.prompt_tokens - assignment.cached_tokens
+        output = call.output_tokens if output_tokens is None else output_tokens
+        worker.rates.finished(max(0, computed), output, now - assignment.started_at, now)
+
+    # -- workers
+
+    def worker_changed(self, worker: Worker) -> None:
+        """A worker came up, went down, restarted, or told more of itself."""
+        facts = worker.facts
+        known = self.state.workers.get(worker.id)
+        if known is None:
+            if worker.state != "up":
+                return
+            known = WorkerState(worker.id, frozenset(), facts.block_size, facts.num_blocks, epoch=worker.epoch)
+            self.state.workers[worker.id] = known
+        known.models = frozenset(m.id for m in facts.models)
+        known.open = worker.available(self._clock())
+        if facts.num_blocks and facts.num_blocks != known.capacity:
+            known.capacity = facts.num_blocks
+            known.residency.resize(facts.num_blocks)
+        known.block_size = facts.block_size or known.block_size
+        if worker.epoch != known.epoch:
+            known.epoch = worker.epoch
+            known.clear()
+        self._came_up.set()
+        self._came_up = asyncio.Event()
+        self._pump_soon()
+
+    def worker_gone(self, worker: Worker) -> None:
+        self.state.workers.pop(worker.id, None)
+        self._pump_soon()
+
+    async def wait_for_model(self, model: str) -> None:
+        """Returns once some worker of `model` is open. Raises ModelNotFound when workers are up and none has it,
+        NoWorker when none came up in time."""
+        if any(w.open for w in self.state.serving(model)):
+            return
+        deadline = self._clock() + self.state.settings.no_worker_wait_s
+        while not any(self._available(w.id) for w in self.state.serving(model)):
+            workers = self._pool.all()
+            if workers and all(w.facts.models for w in workers) and not any(w.serves(model) for w in workers):
+                raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
+            remaining = deadline - self._clock()
+            if remaining <= 0 or not workers:
+                if any(w.state == "up" for w in workers) and not any(w.serves(model) for w in workers):
+                    raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
+                raise NoWorker(f"no worker of model `{model}` is up", retry_after=5)
+            try:
+                await asyncio.wait_for(self._came_up.wait(), min(remaining, 0.25))
+            except TimeoutError:
+                pass
+
+    def _available(self, worker: str) -> bool:
+        """Whether the pool has `worker` available now; brings `open` up to date (a breaker closes by time)."""
+        state = self.state.workers.get(worker)
+        found = self._pool.get(worker)
+        if state is None or found is None:
+            return False
+        state.open = found.available(self._clock())
+        return state.open
+
+    # -- deciding
+
+    def _pump_soon(self) -> None:
+        if not self._pump_due:
+            self._pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_due = False
+        if not self.state.queues:
+            return
+        for worker in self.state.workers:
+            self._available(worker)
+        began = time.perf_counter()
+        try:
+            assignments = decide(self.state, self._clock())
+        except Exception:
+            log.exception("decide failed; calls go to the least loaded worker")
+            metrics.FAIL_OPEN.labels("dispatch").inc()
+            assignments = self._decide_blindly()
+        took = time.perf_counter() - began
+        self._decisions += 1
+        self._slowest = max(self._slowest, took)
+        metrics.DECIDE_SECONDS.observe(took)
+        for assignment in assignments:
+            metrics.PLACEMENTS.labels(assignment.worker, assignment.reason).inc()
+            future = self._waiting.get(assignment.call.id)
+            if future is None or future.done():
+                self.release(assignment, ok=False)
+            else:
+                future.set_result(assignment)
+
+    def _decide_blindly(self) -> list[Assignment]:
+        """What `decide` would do if nothing were known: a bug in the policy must not cost an answer."""
+        now = self._clock()
+        assignments: list[Assignment] = []
+        for model, queue in list(self.state.queues.items()):
+            workers = [w for w in self.state.serving(model) if w.open]
+            for call in list(queue) if workers else []:
+                worker = min(workers, key=lambda w: len(w.running))
+                queue.remove(call)
+                blind = QueuedCall(
+                    call.id, model, call.tenant, (), call.block_size, call.prompt_tokens, call.output_tokens, now
+                )
+                assignment = Assignment(blind, worker.id, 0, "least-loaded", 0, now, 0.0, 0.0)
+                worker.running[call.id] = assignment
+                assignments.append(assignment)
+            if not queue:
+                self.state.queues.pop(model, None)
+        return assignments
+
+    def _retry_after(self) -> float:
+        """Seconds until the queue has drained, about."""
+        workers = max(1, len(self.state.workers))
+        mean = 0.5
+        running = [a.predicted_s for w in self.state.workers.values() for a in w.running.values()]
+        if running:
+            mean = sum(running) / len(running)
+        return min(60.0, max(1.0, self.state.queued * mean / (workers * max(1, len(running) / workers))))
