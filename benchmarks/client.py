@@ -1,8 +1,8 @@
 """The benchmark's HTTP client: plain OpenAI chat calls, every one recorded.
 
 What a call's body carries besides the call itself is the system's choice (`Decorate`): nothing, Helium's tags, or a
-peer's own program id. Failed calls are retried as openai-python does: twice, on 408, 409, 429 and 5xx, after 0.5 s and
-1 s.
+peer's own program id. Failed calls are retried as openai-python does: twice, on 408, 409, 429 and 5xx, after 0.5 s
+and 1 s.
 """
 
 from __future__ import annotations

@@ -1,0 +1,161 @@
+"""The systems under test: direct round robin, the peers that a user would pick instead, and helium-proxy.
+
+Every system is started fresh for every measurement, on a free port, with the settings its documentation gives for
+the purpose; nothing is tuned to the workloads, ours no more than theirs. `helium+KEY=VALUE+KEY=VALUE` is helium-proxy
+with the settings ``HELIUM_KEY=VALUE`` in its environment.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+import yaml
+
+from . import build_peers
+from .client import Decorate, leave_alone
+from .engines import Engines
+from .workloads import Call
+
+Family = Literal["direct", "peer", "helium"]
+
+
+@dataclass(frozen=True)
+class System:
+    """One system: how it is started and what its clients add to a body."""
+
+    name: str
+    family: Family
+    command: Callable[[Engines, int], list[str]] | None = None
+    """(engines, port) -> command line; None: the client goes to the engines itself."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    ready: str = "/health"
+    decorate: Decorate = leave_alone
+    plan: bool = False
+    """Submit the batch as a plan instead of running the client program."""
+    peer: str | None = None
+    """The environment of `build_peers` it needs."""
+    needs_events: bool = False
+    """Only with engines that publish KV events."""
+
+
+def tag(body: dict[str, Any], call: Call) -> None:
+    """Helium's own tags."""
+    body["helium"] = {
+        "workflow": call.workflow,
+        "run": call.run,
+        "node": call.node,
+        "parents": list(call.parents),
+    }
+
+
+def program(body: dict[str, Any], call: Call) -> None:
+    """vllm-router's program scheduling: the run is the program; the context is a JSON *string*."""
+    context = orjson.dumps({"program_id": call.run, "agent_id": call.node}).decode()
+    body["vllm_xargs"] = {"agentic_context": context}
+
+
+def _helium(engines: Engines, port: int) -> list[str]:
+    command = [str(Path(sys.executable).with_name("helium-proxy")), "serve"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    for url in engines.urls:
+        command += ["--worker", url]
+    return command
+
+
+def _vllm_router(*extra: str, events: bool = False) -> Callable[[Engines, int], list[str]]:
+    def command(engines: Engines, port: int) -> list[str]:
+        python = build_peers.python_of("vllm-router")
+        line = [str(python.with_name("vllm-router")), "--host", "127.0.0.1", "--port", str(port)]
+        line += ["--worker-urls", *engines.urls, "--worker-startup-check-interval", "1", "--log-level", "warning"]
+        line += ["--prometheus-port", str(port + 1 if port < 65535 else port - 1)]
+        if events:
+            for url, endpoint in zip(engines.urls, engines.events, strict=True):
+                line += ["--kv-event-source", f"{url}={endpoint}"]
+            line += ["--kv-event-block-size", str(engines.block_size), "--kv-event-model", engines.model]
+        return [*line, *extra]
+
+    return command
+
+
+def _sglang_router(engines: Engines, port: int) -> list[str]:
+    python = build_peers.python_of("sglang-router")
+    line = [str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+    line += ["--worker-urls", *engines.urls, "--policy", "cache_aware", "--log-level", "warn"]
+    line += ["--worker-startup-check-interval", "1", "--prometheus-host", "127.0.0.1"]
+    return [*line, "--prometheus-port", str(port + 1 if port < 65535 else port - 1)]
+
+
+def _litellm(engines: Engines, port: int) -> list[str]:
+    models = [
+        {
+            "model_name": engines.model,
+            "litellm_params": {
+                "model": f"hosted_vllm/{engines.model}",
+                "api_base": f"{url}/v1",
+                "api_key": "none",
+            },
+        }
+        for url in engines.urls
+    ]
+    config = {"model_list": models, "router_settings": {"routing_strategy": "simple-shuffle", "num_retries": 2}}
+    path = Path(tempfile.gettempdir()) / f"bench-litellm-{port}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    python = build_peers.python_of("litellm")
+    line = [str(python.with_name("litellm")), "--config", str(path)]
+    return [*line, "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+
+
+_OURS = System("helium", "helium", _helium, ready="/ready", decorate=tag)
+
+SYSTEMS: dict[str, System] = {
+    system.name: system
+    for system in (
+        System("rr", "direct"),
+        System("vllm-router", "peer", _vllm_router("--policy", "cache_aware"), peer="vllm-router"),
+        System(
+            "vllm-router-kv",
+            "peer",
+            _vllm_router("--policy", "kv_aware", events=True),
+            peer="vllm-router",
+            needs_events=True,
+        ),
+        System(
+            "vllm-router-program",
+            "peer",
+            _vllm_router("--policy", "cache_aware", "--enable-program-scheduling"),
+            decorate=program,
+            peer="vllm-router",
+        ),
+        System("sglang", "peer", _sglang_router, peer="sglang-router"),
+        System("litellm", "peer", _litellm, ready="/health/readiness", peer="litellm"),
+        _OURS,
+        replace(_OURS, name="helium-untagged", decorate=leave_alone),
+        replace(_OURS, name="helium-plan", plan=True),
+    )
+}
+"""Round robin counts as a peer when the best peer is sought: it is what a plain load balancer does."""
+
+
+def find(name: str) -> System:
+    """The system of this name; ``NAME+KEY=VALUE`` adds settings to one of helium-proxy's.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    base, *settings = name.split("+")
+    if base not in SYSTEMS:
+        raise ValueError(f"no system {base!r}; there are {', '.join(SYSTEMS)}")
+    system = SYSTEMS[base]
+    if not settings:
+        return system
+    if system.family != "helium":
+        raise ValueError(f"{base} takes no settings")
+    pairs = dict(setting.split("=", 1) for setting in settings)
+    env = {key if key.startswith("HELIUM_") else f"HELIUM_{key}": value for key, value in pairs.items()}
+    return replace(system, name=name, env={**system.env, **env})
