@@ -3,8 +3,8 @@
     python -m benchmarks.optimality [--instances N] [--limit SECONDS] [--out FILE]
 
 Small instances of all six workflow shapes of the paper, seeded: one to three inputs, one to three workers, prompt and
-output sizes drawn around the paper's grid. The gap is (ours - best) / best, where best is the MILP's optimum; when HiGHS
-reaches its time limit first, its proven lower bound takes the optimum's place, so that the gap is never understated.
+output sizes drawn around the paper's grid. The gap is (ours - best) / best, where best is the MILP's optimum; when
+HiGHS reaches its time limit first, its proven lower bound takes the optimum's place: the gap is never understated.
 """
 
 from __future__ import annotations
@@ -58,7 +58,14 @@ def instance(shape: str, seed: int) -> tuple[dict[str, Any], list[PlanWorker]]:
     if shape == "map-reduce":
         rows, experts = rng.choice(((1, 5), (2, 3), (3, 2), (1, 7)))
         nodes = [_node(f"e{i}", role(f"expert {i}"), "{{inputs.q}}", length()) for i in range(experts)]
-        nodes.append(_node("sum", role("editor"), "{{inputs.q}}" + "".join(f"{{{{nodes.e{i}}}}}" for i in range(experts)), length()))
+        nodes.append(
+            _node(
+                "sum",
+                role("editor"),
+                "{{inputs.q}}" + "".join(f"{{{{nodes.e{i}}}}}" for i in range(experts)),
+                length(),
+            )
+        )
     elif shape == "debate":
         rows, agents = rng.choice(((1, 3), (2, 2), (1, 4)))
         said = "".join(f"{{{{nodes.a{i}r0}}}}" for i in range(agents))
@@ -75,7 +82,9 @@ def instance(shape: str, seed: int) -> tuple[dict[str, Any], list[PlanWorker]]:
     elif shape == "iterative":
         rows, chunks = rng.choice(((2, 4), (3, 3), (4, 2)))
         nodes = [
-            _node(f"s{i}", role("writer"), f"{{{{inputs.c{i}}}}}" + (f"{{{{nodes.s{i - 1}}}}}" if i else ""), length())
+            _node(
+                f"s{i}", role("writer"), f"{{{{inputs.c{i}}}}}" + (f"{{{{nodes.s{i - 1}}}}}" if i else ""), length()
+            )
             for i in range(chunks)
         ]
     elif shape == "parallel":
@@ -142,6 +151,7 @@ def solve_milp(problem: Problem, ours: Solution, limit: float) -> Optimum:
     `ours` bounds C from above: what HiGHS does not find below it, it proves not to exist.
     """
     size, count = problem.size, len(problem.capacity)
+    followers = _followers(problem)
     index = {
         (k, i, j): position
         for position, (k, i, j) in enumerate(
@@ -149,7 +159,7 @@ def solve_milp(problem: Problem, ours: Solution, limit: float) -> Optimum:
             for k in range(count)
             for i in range(size + 1)
             for j in range(size + 1)
-            if i != j and (i == size or j == size or i not in _followers(problem)[j])
+            if i != j and (size in (i, j) or i not in followers[j])
         )
     }
     arcs = len(index)
@@ -161,7 +171,7 @@ def solve_milp(problem: Problem, ours: Solution, limit: float) -> Optimum:
         return (problem.length[j] * new + problem.decode[j]) / problem.capacity[k]
 
     rows: list[tuple[dict[int, float], float, float]] = []
-    top = ours.makespan
+    top = ours.makespan * (1 + 1e-6)
     head = [0.0] * size
     for j in range(size):
         head[j] = max((head[d] + problem.least_usage[d] + problem.delay[d] for d in problem.deps[j]), default=0.0)
@@ -219,7 +229,7 @@ def solve_milp(problem: Problem, ours: Solution, limit: float) -> Optimum:
     lower_bounds[makespan] = problem.lower_bound
     upper_bounds = np.ones(width)
     upper_bounds[start : start + size] = [top - tail[j] - problem.least_usage[j] + 1e-6 for j in range(size)]
-    upper_bounds[makespan] = top * (1 + 1e-9)
+    upper_bounds[makespan] = top + 1e-6
     cost = np.zeros(width)
     cost[makespan] = 1
     integrality = np.concatenate([np.ones(arcs), np.zeros(size + 1)])
@@ -232,6 +242,8 @@ def solve_milp(problem: Problem, ours: Solution, limit: float) -> Optimum:
         options={"time_limit": limit, "mip_rel_gap": 1e-4},
     )
     seconds = time.perf_counter() - began
+    if result.status not in (0, 1):
+        raise RuntimeError(f"HiGHS: {result.message}")
     bound = result.mip_dual_bound if result.mip_dual_bound is not None else problem.lower_bound
     found = float(result.fun) if result.x is not None else None
     return Optimum(found, max(float(bound), problem.lower_bound), result.status == 0, seconds)
@@ -239,18 +251,11 @@ def solve_milp(problem: Problem, ours: Solution, limit: float) -> Optimum:
 
 def _followers(problem: Problem) -> list[set[int]]:
     """Operator → all that depend on it, directly or not: they cannot come before it on a worker."""
-    cached = _FOLLOWERS.get(id(problem))
-    if cached is None:
-        _FOLLOWERS.clear()
-        found: list[set[int]] = [set() for _ in range(problem.size)]
-        for j in range(problem.size - 1, -1, -1):
-            for consumer in problem.consumers[j]:
-                found[j] |= {consumer} | found[consumer]
-        _FOLLOWERS[id(problem)] = cached = found
-    return cached
-
-
-_FOLLOWERS: dict[int, list[set[int]]] = {}
+    found: list[set[int]] = [set() for _ in range(problem.size)]
+    for j in range(problem.size - 1, -1, -1):
+        for consumer in problem.consumers[j]:
+            found[j] |= {consumer} | found[consumer]
+    return found
 
 
 def compare(shape: str, seed: int, limit: float) -> dict[str, Any]:
