@@ -33,7 +33,7 @@ class EngineOptions:
     blocks: int = 96
     """KV blocks per engine."""
     block_size: int | None = None
-    """Embedded only; None: the profile's."""
+    """Tokens; None: the profile's, or vLLM's own for the CPU (128)."""
     time_scale: float = 1.0
     """Embedded only: seconds of the engine's time per second."""
     kv_events: bool = False
@@ -209,6 +209,10 @@ def _start_vllm(spec: str, count: int, options: EngineOptions) -> Engines:
 
     build_env.ensure(build_env.DEFAULT_VERSION)
     cores = os.cpu_count() or 1
+    extra = list(options.extra)
+    if options.block_size is not None:
+        longest = min(8192, options.blocks * options.block_size)
+        extra = ["--block-size", str(options.block_size), "--max-model-len", str(longest), *extra]
     servers = [
         vllm.VllmEngine(
             free_port(),
@@ -217,7 +221,7 @@ def _start_vllm(spec: str, count: int, options: EngineOptions) -> Engines:
             connector=vllm.PIN_CONNECTOR if options.plugin else None,
             kv_events=options.kv_events,
             env={"VLLM_SERVER_DEV_MODE": "1"},
-            extra_args=options.extra,
+            extra_args=extra,
         )
         for index in range(count)
     ]

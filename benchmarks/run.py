@@ -178,10 +178,11 @@ def save(result: dict[str, Any], name: str) -> Path:
 @click.option("--engines", "spec", default="embedded:2", help="embedded:N, vllm:N or a comma list of URLs.")
 @click.option("--profile", default="cpu-tiny", help="The embedded engine's speed.")
 @click.option("--blocks", default=96, help="KV blocks per engine.")
-@click.option("--block-size", type=int, help="Embedded engine; default: the profile's.")
+@click.option("--block-size", type=int, help="Tokens per KV block; default: the engine's.")
 @click.option("--engine-time-scale", default=1.0, help="Embedded engine: its seconds per real second.")
 @click.option("--kv-events/--no-kv-events", default=False, help="Engines publish KV events.")
 @click.option("--plugin", is_flag=True, help="Real vLLM with the pinning connector.")
+@click.option("--engine-arg", "extra", multiple=True, help="One more argument to the engines' command.")
 @click.option("--shapes", default="paper", help="Comma list; 'paper': its six; 'all'.")
 @click.option("--systems", "names", default="rr,helium", help="Comma list; helium+KEY=VALUE adds a setting.")
 @click.option("--sizes", default="small", type=click.Choice(list(SIZES)), help="Prompt sizes.")
@@ -203,6 +204,7 @@ def main(  # noqa: PLR0917 (click passes by name)
     engine_time_scale: float,
     kv_events: bool,
     plugin: bool,
+    extra: tuple[str, ...],
     shapes: str,
     names: str,
     sizes: str,
@@ -231,6 +233,7 @@ def main(  # noqa: PLR0917 (click passes by name)
             time_scale=engine_time_scale,
             kv_events=kv_events,
             plugin=plugin,
+            extra=extra,
         ),
         shapes=wanted,
         systems=tuple(names.split(",")),

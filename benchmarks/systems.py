@@ -55,8 +55,10 @@ def tag(body: dict[str, Any], call: Call) -> None:
 
 
 def program(body: dict[str, Any], call: Call) -> None:
-    """vllm-router's program scheduling: the run is the program; the context is a JSON *string*."""
-    context = orjson.dumps({"program_id": call.run, "agent_id": call.node}).decode()
+    """vllm-router's program scheduling: the run is the program; the context is a JSON *string*.
+
+    An ``agent_id`` of its own would make the call a sub-program's and needs a ``parent_program_id``."""
+    context = orjson.dumps({"program_id": call.run}).decode()
     body["vllm_xargs"] = {"agentic_context": context}
 
 
@@ -133,7 +135,14 @@ SYSTEMS: dict[str, System] = {
             peer="vllm-router",
         ),
         System("sglang", "peer", _sglang_router, peer="sglang-router"),
-        System("litellm", "peer", _litellm, ready="/health/readiness", peer="litellm"),
+        System(
+            "litellm",
+            "peer",
+            _litellm,
+            env={"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true", "LITELLM_LOG": "ERROR"},
+            ready="/health/readiness",
+            peer="litellm",
+        ),
         _OURS,
         replace(_OURS, name="helium-untagged", decorate=leave_alone),
         replace(_OURS, name="helium-plan", plan=True),

@@ -88,7 +88,7 @@ def test_systems_say_who_is_calling_each_in_its_own_way() -> None:
     }
     theirs: dict[str, Any] = {}
     program(theirs, call)
-    assert theirs["vllm_xargs"]["agentic_context"] == '{"program_id":"run-1","agent_id":"opponent_2"}'
+    assert theirs["vllm_xargs"]["agentic_context"] == '{"program_id":"run-1"}'
 
 
 def test_a_setting_can_be_added_to_ours_only() -> None:
