@@ -1,0 +1,124 @@
+"""A shared answer made one request's own: as the stream or the JSON body it asked for, under its own id.
+
+Whoever joined a call gets the leader's upstream bytes; the leader may have asked for a stream and the follower not,
+or the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from typing import Any
+
+import orjson
+
+from helium_proxy.errors import UpstreamFailed
+from helium_proxy.reuse.assemble import StreamAssembler
+from helium_proxy.reuse.replay import ECHOED, events
+from helium_proxy.reuse.routes import Family, family
+from helium_proxy.reuse.sse import EventSplitter, named_event, payload
+
+
+async def retell(
+    chunks: AsyncIterable[bytes],
+    *,
+    route: str,
+    from_stream: bool,
+    to_stream: bool,
+    new_id: str,
+    include_usage: bool = False,
+    request: Mapping[str, Any] | None = None,
+) -> AsyncIterator[bytes]:
+    """The bytes of a successful upstream answer as this request's answer.
+
+    A stream stays a stream with no event held back. Raises `UpstreamFailed` when a stream that was to become one JSON
+    body breaks off or carries an error, or a JSON body that was to become a stream is none.
+    """
+    if from_stream and to_stream:
+        rename = StreamRenamer(route, new_id, include_usage, request)
+        async for chunk in chunks:
+            if out := rename.feed(chunk):
+                yield out
+        if rest := rename.rest:
+            yield rest
+        return
+    if from_stream:
+        assembler = StreamAssembler(route)
+        async for chunk in chunks:
+            assembler.feed(chunk)
+        answer = assembler.result()
+        if answer is None:
+            raise UpstreamFailed("the worker's stream ended before its answer was complete")
+        yield orjson.dumps(renamed(answer, route, new_id, request))
+        return
+    body = b"".join([chunk async for chunk in chunks])
+    try:
+        answer = orjson.loads(body)
+        if isinstance(answer, dict):
+            answer = renamed(answer, route, new_id, request)
+        pieces = list(events(answer, route, include_usage)) if to_stream else [orjson.dumps(answer)]
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UpstreamFailed("the worker's answer is not in the API's form") from error
+    for piece in pieces:
+        yield piece
+
+
+def renamed(
+    answer: dict[str, Any], route: str, new_id: str, request: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`answer` under another id, with the request's own echoed fields."""
+    answer = {**answer, "id": new_id} if "id" in answer else dict(answer)
+    if request is not None and family(route) is Family.RESPONSES:
+        answer.update({name: request.get(name) for name in ECHOED if name in answer})
+    return answer
+
+
+class StreamRenamer:
+    """Gives a live stream another response id, and leaves out the usage event that was not asked for."""
+
+    def __init__(
+        self, route: str, new_id: str, include_usage: bool, request: Mapping[str, Any] | None = None
+    ) -> None:
+        self._route = route
+        self._family = family(route)
+        self._new_id = new_id
+        self._new = orjson.dumps(new_id)
+        self._request = request
+        self._drop_usage = not include_usage and self._family in (Family.CHAT, Family.COMPLETIONS)
+        # State: the original's id in quotes, once an event has named it; bytes of an unfinished event.
+        self._old: bytes | None = None
+        self._split = EventSplitter()
+
+    def __repr__(self) -> str:
+        return f"StreamRenamer({self._family.value}, {self._old!r} → {self._new!r})"
+
+    @property
+    def rest(self) -> bytes:
+        """An event the stream left unfinished."""
+        return self._split.rest
+
+    def feed(self, chunk: bytes) -> bytes:
+        """The events that `chunk` completes, as this request's own."""
+        return b"".join(map(self._own, self._split.feed(chunk)))
+
+    def _own(self, event: bytes) -> bytes:
+        if self._old is None:
+            self._old = self._find_id(event)
+        if self._drop_usage and b'"choices":[]' in event and b'"usage":{' in event:
+            return b""
+        if self._family is Family.RESPONSES and self._request is not None and b'"response":{' in event:
+            value = orjson.loads(payload(event))
+            value["response"] = renamed(value["response"], self._route, self._new_id, self._request)
+            return named_event(value)
+        return event.replace(self._old, self._new) if self._old is not None else event
+
+    def _find_id(self, event: bytes) -> bytes | None:
+        try:
+            value = orjson.loads(payload(event))
+            match self._family:
+                case Family.RESPONSES:
+                    value = value.get("response")
+                case Family.MESSAGES:
+                    value = value.get("message")
+            return orjson.dumps(value["id"])
+        except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError):
+            return None

@@ -1,0 +1,45 @@
+"""The API families, as far as reuse tells them apart: each has its own JSON and its own stream."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Family(Enum):
+    """Which form an answer has."""
+
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+    RESPONSES = "responses"
+    MESSAGES = "messages"
+    POOLING = "pooling"
+    """Embeddings, scores, token ids: one JSON body, never a stream, no sampling."""
+    OTHER = "other"
+
+    @property
+    def streams(self) -> bool:
+        return self not in (Family.POOLING, Family.OTHER)
+
+
+_FAMILIES = {
+    "/v1/chat/completions": Family.CHAT,
+    "/v1/completions": Family.COMPLETIONS,
+    "/v1/responses": Family.RESPONSES,
+    "/v1/messages": Family.MESSAGES,
+    "/v1/messages/count_tokens": Family.POOLING,
+    "/v1/embeddings": Family.POOLING,
+    "/v1/rerank": Family.POOLING,
+    "/v2/rerank": Family.POOLING,
+    "/rerank": Family.POOLING,
+    "/v1/score": Family.POOLING,
+    "/score": Family.POOLING,
+    "/pooling": Family.POOLING,
+    "/classify": Family.POOLING,
+    "/tokenize": Family.POOLING,
+    "/detokenize": Family.POOLING,
+}
+
+
+def family(route: str) -> Family:
+    """The family of a path; `Family.OTHER` for one whose answers are never reused."""
+    return _FAMILIES.get(route.rstrip("/"), Family.OTHER)
