@@ -78,7 +78,7 @@ def trading() -> list[Step]:
 
 @functools.cache
 def recorded() -> tuple[Step, ...]:
-    """The run, placed on two workers of `SLOTS` slots in order of readiness: branches 0–3 on one, 4–7 on the other."""
+    """The run, placed on two workers of `SLOTS` slots in order of readiness, four branches on each."""
     steps = trading()
     by = {step.node: step for step in steps}
     children: dict[str, list[Step]] = {}
@@ -194,8 +194,8 @@ def _templates(now: float) -> dict[str, Any]:
     edges: dict[tuple[str, str], int] = {}
 
     def base(node: str) -> str:
-        head, _, tail = node.split("#")[0].rpartition("_")
-        return head if tail.isdigit() else node.split("#")[0]
+        head, _, tail = node.split("#", maxsplit=1)[0].rpartition("_")
+        return head if tail.isdigit() else node.split("#", maxsplit=1)[0]
 
     for step in recorded():
         name = base(step.node)
