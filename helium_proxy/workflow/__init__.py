@@ -1,0 +1,27 @@
+"""Who is calling: runs and their DAGs, from tags, native headers or content, and templates learned from them.
+
+`Workflows` is the whole interface; the rest of the package is reached through it.
+"""
+
+from helium_proxy.workflow.forecast import Prediction
+from helium_proxy.workflow.reply import Reply, StreamedReply, reply_of
+from helium_proxy.workflow.settings import WorkflowSettings
+from helium_proxy.workflow.store import MemoryTemplateStore, SqliteTemplateStore, TemplateStore
+from helium_proxy.workflow.tags import strip_headers, strip_tags
+from helium_proxy.workflow.tracker import RunEnd, Workflows, WorkflowStatistics
+
+__all__ = [
+    "MemoryTemplateStore",
+    "Prediction",
+    "Reply",
+    "RunEnd",
+    "SqliteTemplateStore",
+    "StreamedReply",
+    "TemplateStore",
+    "WorkflowSettings",
+    "WorkflowStatistics",
+    "Workflows",
+    "reply_of",
+    "strip_headers",
+    "strip_tags",
+]
