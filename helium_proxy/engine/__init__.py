@@ -6,7 +6,8 @@ from .blocks import block_hashes
 from .config import EngineConfig
 from .core import EmbeddedEngine, Generation
 from .profile import PROFILES, Profile
-from .scheduler import Request, Scheduler, Statistics, StepResult
+from .request import Request, Statistics, StepResult
+from .scheduler import Scheduler
 from .server import create_app, run_engine
 from .text import Tokenizer, render
 

@@ -18,7 +18,8 @@ from .blocks import KVEvent, block_hashes
 from .config import EngineConfig
 from .generate import Reply
 from .metrics import EngineMetrics
-from .scheduler import Request, Scheduler, StepResult
+from .request import Request, StepResult
+from .scheduler import Scheduler
 from .text import Tokenizer
 
 _MAX_LAG_S = 0.25

@@ -38,7 +38,7 @@ class Aborted(Exception):
 class Call:
     """One HTTP request: its body once read, its client, and how to answer it."""
 
-    __slots__ = ("_receive", "_send", "body", "scope", "started")
+    __slots__ = ("_receive", "_send", "body", "fault", "fault_after", "scope", "started")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
@@ -46,6 +46,8 @@ class Call:
         self._send = send
         self.body: dict[str, Any] = {}
         self.started = False
+        self.fault: str | None = None  # "die" or "stream_error": how this call is to end
+        self.fault_after = 0  # after so many tokens of a stream
 
     def header(self, name: bytes) -> str | None:
         for key, value in self.scope["headers"]:
@@ -65,7 +67,7 @@ class Call:
             more = message.get("more_body", False)
         raw = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         try:
-            body = orjson.loads(raw or b"null")
+            body = orjson.loads(raw or b"{}")
         except orjson.JSONDecodeError as error:
             raise ApiError(400, f"JSON decode error: {error}") from None
         if not isinstance(body, dict):
@@ -79,6 +81,9 @@ class Call:
         self.started = True
         headers = [(b"content-type", content_type), (b"content-length", b"%d" % len(body))]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        if self.fault is not None and status == 200:
+            await self._send({"type": "http.response.body", "body": body[:-1], "more_body": True})
+            raise Aborted
         await self._send({"type": "http.response.body", "body": body})
 
     async def open_stream(self) -> None:
@@ -92,13 +97,12 @@ class Call:
     async def close_stream(self, data: bytes = b"") -> None:
         await self._send({"type": "http.response.body", "body": data})
 
-    async def cut_short(self) -> None:
-        """Promise more than is sent and stop: the client sees the connection break."""
-        if not self.started:
-            headers = [(b"content-type", b"application/json"), (b"content-length", b"1000000")]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-            await self._send({"type": "http.response.body", "body": b"{", "more_body": True})
-        raise Aborted
+    async def suffer(self, tokens: int) -> None:
+        """Carry out the fault ordered for this stream, once it has sent `tokens`."""
+        if self.fault is not None and tokens >= self.fault_after:
+            if self.fault == "stream_error":
+                await self.close_stream(sse(ApiError(500, "a fault was ordered").body()) + DONE)
+            raise Aborted
 
     async def gone(self) -> None:
         """Return when the client has disconnected; the body must have been read."""
@@ -130,6 +134,32 @@ async def supervise(
             engine.abort(generation)
 
 
+Progress = Callable[[int, Generation, int, int], list[bytes]]
+"""(index, generation, start, stop) -> the chunks that carry its tokens start to stop."""
+
+
+async def relay(call: Call, generations: list[Generation], progress: Progress) -> None:
+    """Write what `progress(index, generation, start, stop)` makes of each generation's tokens as they come.
+
+    Choices of one request advance in the same steps, so one after the other is waited for.
+    """
+    seen = [0] * len(generations)
+    open_ = list(range(len(generations)))
+    while open_:
+        await generations[open_[0]].wait(seen[open_[0]])
+        out: list[bytes] = []
+        for i in list(open_):
+            generation = generations[i]
+            if generation.generated > seen[i]:
+                out += progress(i, generation, seen[i], generation.generated)
+                seen[i] = generation.generated
+            if generation.finished:
+                open_.remove(i)
+        if out:
+            await call.write(b"".join(out))
+        await call.suffer(seen[0])
+
+
 def sse(payload: Any) -> bytes:
     return b"data: " + orjson.dumps(payload) + b"\n\n"
 
@@ -151,8 +181,6 @@ def usage(generations: Sequence[Generation], n: int = 1) -> dict[str, Any]:
 
 
 # -- reading fields ---------------------------------------------------------------------------------------------
-
-Check = Callable[[Any], bool]
 
 
 def integer(body: dict[str, Any], name: str, default: int, low: int | None = None, high: int | None = None) -> int:

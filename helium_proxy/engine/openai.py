@@ -13,7 +13,7 @@ import orjson
 
 from .core import EmbeddedEngine, Generation
 from .generate import Reply, Sampling, choose_tool, free_text, json_reply, seed_of, tool_call
-from .http import DONE, ApiError, Call, integer, sampling, sse, supervise, token_list, usage
+from .http import DONE, ApiError, Call, integer, relay, sampling, sse, supervise, token_list, usage
 from .text import render
 
 _ids = itertools.count(1)
@@ -270,27 +270,6 @@ async def _chat_stream(engine: EmbeddedEngine, call: Call, id: str, generations:
     if isinstance(options, Mapping) and options.get("include_usage"):
         tail = sse({**head, "choices": [], "usage": usage(generations, len(generations))})
     await call.close_stream(tail + DONE)
-
-
-async def relay(call: Call, generations: list[Generation], progress: Any) -> None:
-    """Write what `progress(index, generation, start, stop)` makes of each generation's tokens as they come.
-
-    Choices of one request advance in the same steps, so one after the other is waited for.
-    """
-    seen = [0] * len(generations)
-    open_ = list(range(len(generations)))
-    while open_:
-        await generations[open_[0]].wait(seen[open_[0]])
-        out: list[bytes] = []
-        for i in list(open_):
-            generation = generations[i]
-            if generation.generated > seen[i]:
-                out += progress(i, generation, seen[i], generation.generated)
-                seen[i] = generation.generated
-            if generation.finished:
-                open_.remove(i)
-        if out:
-            await call.write(b"".join(out))
 
 
 # -- completions ------------------------------------------------------------------------------------------------

@@ -16,10 +16,13 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import openai
+from . import messages, openai, pooling
 from .config import EngineConfig
 from .core import EmbeddedEngine
+from .faults import Faults
 from .http import Aborted, ApiError, Call, token_list
+from .publisher import Publisher
+from .responses import Responses
 
 Handler = Callable[[EmbeddedEngine, Call], Awaitable[None]]
 VERSION = "0.32.0"
@@ -29,14 +32,15 @@ VERSION = "0.32.0"
 class Endpoint:
     """A route's ASGI app around a handler: reads the body, checks the model, turns errors into vLLM's form."""
 
-    def __init__(self, engine: EmbeddedEngine, handler: Handler, *, load: list[int] | None = None) -> None:
+    def __init__(self, engine: EmbeddedEngine, handler: Handler, load: list[int], faults: Faults | None) -> None:
         self._engine = engine
         self._handler = handler
-        self._load = load  # one cell, shared by the generation routes: how many calls they are at
+        self._load = load  # one cell, shared by the routes that generate: how many calls they are at
+        self._faults = faults  # None: not a route that generates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = Call(scope, receive, send)
-        if self._load is not None:
+        if self._faults is not None:
             self._load[0] += 1
         try:
             if scope["method"] not in ("GET", "HEAD", "DELETE"):
@@ -44,16 +48,18 @@ class Endpoint:
                 model = call.body.get("model")
                 if model is not None and model != self._engine.config.model:
                     raise ApiError(404, f"The model `{model}` does not exist.", param="model")
+            if self._faults is not None:
+                await self._faults.before(call)
             await self._handler(self._engine, call)
         except ApiError as error:
             if call.started:
                 raise
+            call.fault = None
             await call.json(error.body(), error.status)
         except Aborted:
-            if call.started:
-                raise  # the server closes a connection whose response is not complete
+            pass  # the server closes a connection whose response is not complete
         finally:
-            if self._load is not None:
+            if self._faults is not None:
                 self._load[0] -= 1
 
 
@@ -99,10 +105,6 @@ async def detokenize(engine: EmbeddedEngine, call: Call) -> None:
     await call.json({"prompt": engine.tokenizer.decode(ids)})
 
 
-async def health(engine: EmbeddedEngine, call: Call) -> None:
-    await call.raw(b"", b"text/plain", 200 if engine.alive else 503)
-
-
 async def version(engine: EmbeddedEngine, call: Call) -> None:
     await call.json({"version": VERSION})
 
@@ -136,36 +138,62 @@ class _Authenticated:
 
 def create_app(config: EngineConfig | None = None) -> ASGIApp:
     """The ASGI app of one engine, which lives from the app's start-up to its shutdown."""
-    engine = EmbeddedEngine(config)
+    config = config or EngineConfig()
+    publisher = Publisher(config) if config.kv_events is not None else None
+    engine = EmbeddedEngine(config, publish=publisher.publish if publisher is not None else None)
     load = [0]
+    faults = Faults()
+    responses = Responses()
+
+    async def health(engine: EmbeddedEngine, call: Call) -> None:
+        well = engine.alive and faults.take("unhealthy") is None
+        await call.raw(b"", b"text/plain", 200 if well else 503)
 
     async def server_load(engine: EmbeddedEngine, call: Call) -> None:
         await call.json({"server_load": load[0]})
 
+    async def kv_event_sources(engine: EmbeddedEngine, call: Call) -> None:
+        await call.json({} if publisher is None else {"0": publisher.describe()})
+
     generate: dict[str, Handler] = {
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.completions,
+        "/v1/responses": responses.create,
+        "/v1/messages": messages.messages,
+        "/v1/embeddings": pooling.embeddings,
+        "/v1/rerank": pooling.rerank,
+        "/rerank": pooling.rerank,
+        "/v1/score": pooling.score,
+        "/score": pooling.score,
     }
-    post: dict[str, Handler] = {
-        "/tokenize": tokenize,
-        "/detokenize": detokenize,
-        "/reset_prefix_cache": reset_prefix_cache,
-    }
-    get: dict[str, Handler] = {
-        "/v1/models": models,
-        "/health": health,
-        "/load": server_load,
-        "/version": version,
-        "/metrics": metrics,
-    }
-    routes = [Route(p, Endpoint(engine, h, load=load), methods=["POST"]) for p, h in generate.items()]
-    routes += [Route(p, Endpoint(engine, h), methods=["POST"]) for p, h in post.items()]
-    routes += [Route(p, Endpoint(engine, h), methods=["GET"]) for p, h in get.items()]
+    other: list[tuple[str, str, Handler]] = [
+        ("POST", "/v1/responses/{id}/cancel", responses.cancel),
+        ("POST", "/v1/messages/count_tokens", messages.count_tokens),
+        ("POST", "/tokenize", tokenize),
+        ("POST", "/detokenize", detokenize),
+        ("POST", "/reset_prefix_cache", reset_prefix_cache),
+        ("POST", "/engine/faults", faults.handle),
+        ("GET", "/engine/faults", faults.handle),
+        ("DELETE", "/engine/faults", faults.handle),
+        ("GET", "/v1/responses/{id}", responses.fetch),
+        ("GET", "/v1/models", models),
+        ("GET", "/health", health),
+        ("GET", "/load", server_load),
+        ("GET", "/version", version),
+        ("GET", "/metrics", metrics),
+        ("GET", "/kv_event_sources", kv_event_sources),
+    ]
+    routes = [
+        Route(path, Endpoint(engine, handler, load, faults), methods=["POST"]) for path, handler in generate.items()
+    ]
+    routes += [Route(path, Endpoint(engine, handler, load, None), methods=[verb]) for verb, path, handler in other]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
         async with engine:
             yield {"engine": engine}
+        if publisher is not None:
+            publisher.close()
 
     app: ASGIApp = Starlette(routes=routes, lifespan=lifespan)
     return app if engine.config.api_key is None else _Authenticated(app, engine.config.api_key)
