@@ -74,9 +74,11 @@ class HttpCaller:
             timeout=aiohttp.ClientTimeout(total=900),
             json_serialize=lambda o: orjson.dumps(o).decode(),
         )
-        # All mutable state: finished calls, and every distinct prompt sent with the number of times it was.
+        # All mutable state: finished calls; every distinct prompt (its messages as JSON) with the number of times it
+        # was sent, and its reply; what failed.
         self.records: list[CallRecord] = []
         self.prompts: dict[bytes, int] = {}
+        self.replies: dict[bytes, str] = {}
         self.failures: list[str] = []
 
     def __repr__(self) -> str:
@@ -113,6 +115,7 @@ class HttpCaller:
         for retry in range(len(_BACKOFF_S) + 1):
             status, reply, first, cache = await self._attempt(payload, streamed)
             if status == 200:
+                self.replies[key] = reply
                 self.records.append(
                     CallRecord(
                         workflow=call.workflow,

@@ -21,6 +21,8 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from helium_proxy.engine.profile import PROFILES
+
 from .process import ROOT, Server, free_port
 
 
@@ -144,7 +146,7 @@ class Engines:
         """Drop every engine's prefix cache."""
         await self.wait_idle(session)
         for url in self.urls:
-            async with session.post(f"{url}/reset_prefix_cache") as response:
+            async with session.post(f"{url}/reset_prefix_cache", json={}) as response:
                 response.raise_for_status()
 
     async def learn(self, session: aiohttp.ClientSession) -> None:
@@ -169,7 +171,8 @@ class Engines:
 def _embedded_command(port: int, options: EngineOptions, events_port: int | None) -> list[str]:
     command = [sys.executable, "-m", "helium_proxy.engine", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--profile", options.profile, "--num-blocks", str(options.blocks)]
-    command += ["--max-model-len", str(min(8192, (options.blocks - 1) * (options.block_size or 16)))]
+    block = options.block_size or PROFILES[options.profile].block_size
+    command += ["--max-model-len", str(min(8192, (options.blocks - 1) * block))]
     command += ["--scheduling-policy", "priority"]
     if options.block_size is not None:
         command += ["--block-size", str(options.block_size)]
@@ -211,7 +214,7 @@ def _start_vllm(spec: str, count: int, options: EngineOptions) -> Engines:
     cores = os.cpu_count() or 1
     extra = list(options.extra)
     if options.block_size is not None:
-        longest = min(8192, options.blocks * options.block_size)
+        longest = min(8192, (options.blocks - 1) * options.block_size)
         extra = ["--block-size", str(options.block_size), "--max-model-len", str(longest), *extra]
     servers = [
         vllm.VllmEngine(

@@ -54,8 +54,8 @@ class Harness:
     session: aiohttp.ClientSession
     writer_scale: float = 1.2
     """Tokens per word of the engines' tokenizer; `learn` measures it."""
-    # Mutable state: token ids of every prompt ever sent, by its messages.
-    _tokens: dict[bytes, list[int]] = field(default_factory=dict)
+    # Mutable state: token ids of every prompt ever sent, by its messages as JSON, and of the reply to it.
+    _tokens: dict[bytes, tuple[list[int], list[int]]] = field(default_factory=dict)
 
     async def learn(self) -> None:
         sample, words = Writer.sample()
@@ -126,7 +126,7 @@ class Harness:
             cpu_after = cpu_seconds(server.pid) if server is not None else None
             after = await self.engines.wait_idle(self.session)
             outputs |= {(record.run, record.node): record.reply for record in caller.records}
-            fewest = await self._minimum(caller.prompts, seen)
+            fewest = await self._minimum(caller, seen)
             measurements.append(
                 _measurement(
                     system,
@@ -169,29 +169,38 @@ class Harness:
         await asyncio.gather(*(one(index, inputs) for index, inputs in enumerate(runs)))
         return latencies
 
-    async def _minimum(self, prompts: dict[bytes, int], seen: dict[bytes, int]) -> tuple[int, int]:
+    async def _minimum(self, caller: HttpCaller, seen: dict[bytes, int]) -> tuple[int, int]:
         """The minimum for this phase's prompts, given those `seen` in earlier phases, with and without reuse of
         replies. `seen` is brought up to date."""
         gate = asyncio.Semaphore(8)
 
         async def ids(key: bytes) -> None:
             async with gate:
-                self._tokens[key] = await self.engines.tokenize(
-                    self.session, messages=orjson.loads(key), add_generation_prompt=True
+                messages = orjson.loads(key)
+                prompt = await self.engines.tokenize(self.session, messages=messages, add_generation_prompt=True)
+                reply = await self.engines.tokenize(
+                    self.session, prompt=caller.replies.get(key) or " ", add_special_tokens=False
                 )
+                self._tokens[key] = (prompt, reply)
 
-        await asyncio.gather(*(ids(key) for key in prompts if key not in self._tokens))
-        block = self.engines.block_size
-
-        def fewest(counts: dict[bytes, int], reuse: bool) -> int:
-            return minimum_tokens(((self._tokens[key], n) for key, n in counts.items()), block, reuse=reuse)
-
+        await asyncio.gather(*(ids(key) for key in caller.prompts if key not in self._tokens))
         union = dict(seen)
-        for key, times in prompts.items():
+        for key, times in caller.prompts.items():
             union[key] = union.get(key, 0) + times
-        result = (fewest(union, True) - fewest(seen, True), fewest(union, False) - fewest(seen, False))
+        result = (
+            self._fewest(union, True) - self._fewest(seen, True),
+            self._fewest(union, False) - self._fewest(seen, False),
+        )
         seen |= union
         return result
+
+    def _fewest(self, counts: dict[bytes, int], reuse: bool) -> int:
+        return minimum_tokens(
+            ((self._tokens[key][0], times) for key, times in counts.items()),
+            self.engines.block_size,
+            reuse=reuse,
+            outputs=[self._tokens[key][1] for key in counts],
+        )
 
 
 async def _tick(caller: HttpCaller, progress: Callable[[int], None]) -> None:

@@ -9,8 +9,9 @@ union of all prompts as a trie of full blocks, the fewest tokens that a deployme
 Equal calls are counted once: greedy replies can be reused whole (`reuse=True`). Without reuse of replies
 (`reuse=False`) each repeat computes its tail again, and a whole block where there is no tail. The exact-multiple
 rule costs nothing more among distinct prompts: two cannot end in the same block, and the one that ends there goes
-first. Blocks completed by *generated* tokens can make a real engine need slightly fewer, when the text of a reply
-comes back as the same tokens; `outputs` (generated ids per prompt) takes those out where they are known.
+first. Blocks completed by *generated* tokens are cached too, and need no prefill in a prompt that carries the reply
+on: `outputs` (generated ids per prompt) takes those out. Where only a reply's text is known, its tokenization stands
+in for the ids: if the engine generated others, it computes more, so that the figure stays a lower bound.
 """
 
 from __future__ import annotations

@@ -29,22 +29,26 @@ def free_port() -> int:
 
 
 class Server:
-    """One server in a process group of its own, its output in a log file."""
+    """One server in a process group of its own, its output in a log file. Raises `StartFailed` where there is no such
+    program."""
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], ready_url: str) -> None:
         self.name = name
         self.ready_url = ready_url
         self.log = Path(tempfile.gettempdir()) / f"bench-{os.getpid()}-{name.replace('/', '_')}.log"
-        with open(self.log, "wb") as log:
-            self._process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **env},
-                cwd=ROOT,
-                start_new_session=True,
-            )
+        try:
+            with open(self.log, "wb") as log:
+                self._process = subprocess.Popen(
+                    list(command),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **env},
+                    cwd=ROOT,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise StartFailed(f"{name} could not be started: {error}") from error
 
     def __repr__(self) -> str:
         return f"Server({self.name}, pid {self._process.pid}, {'up' if self.alive else 'down'})"

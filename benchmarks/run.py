@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -247,7 +248,7 @@ def main(  # noqa: PLR0917 (click passes by name)
         warmup=warmup,
         decode_cost=decode_cost,
     )
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 190)
     try:
         result = asyncio.run(execute(campaign, console))
     except (StartFailed, ValueError) as failure:
