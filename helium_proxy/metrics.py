@@ -1,8 +1,8 @@
 """Every Prometheus metric of the proxy, in one place; `docs/metrics.md` is checked against this file.
 
-Label values that a client can influence (workflow, node, model) pass through `bounded`, which admits a fixed number
-of distinct values per label and calls the rest ``other``: a client can never grow the registry.
-Under ``PROMETHEUS_MULTIPROC_DIR`` the standard multi-process collector of prometheus-client is used by `render`.
+Label values that a client can influence (workflow, node, model) pass through `bounded`, which admits a fixed
+number of distinct values per label and calls the rest ``other``: a client can never grow the registry. Under
+``PROMETHEUS_MULTIPROC_DIR`` `render` uses prometheus-client's multi-process collector.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def _histogram(name: str, doc: str, buckets: Sequence[float], labels: Sequence[s
 
 
 # -- what was asked, and what became of it
-HTTP_REQUESTS = _counter("helium_http_requests_total", "HTTP requests by route and status.", ["route", "status"])
+HTTP_REQUESTS = _counter(
+    "helium_http_requests_total", "HTTP requests by route and status.", ["route", "status"]
+)
 CALLS = _counter(
     "helium_calls_total",
     "LLM calls by fate: computed, hit, coalesced, error.",
@@ -67,20 +69,24 @@ ERRORS = _counter("helium_errors_total", "Errors answered to clients, by kind.",
 FAIL_OPEN = _counter(
     "helium_fail_open_total", "Times a room failed and the call passed through without it.", ["room"]
 )
-DISCONNECTS = _counter("helium_client_disconnects_total", "Clients that left before their answer was complete.")
+DISCONNECTS = _counter(
+    "helium_client_disconnects_total", "Clients that left before their answer was complete."
+)
 STREAMS_OPEN = _gauge("helium_streams_open", "Streams being relayed now.")
 
 # -- time
-OVERHEAD = _histogram(
-    "helium_overhead_seconds", "The proxy's own work per call before it is queued.", _MICRO
-)
+OVERHEAD = _histogram("helium_overhead_seconds", "The proxy's own work per call before it is queued.", _MICRO)
 QUEUE_SECONDS = _histogram("helium_queue_seconds", "Time a call waited for a worker.", _SECONDS, ["model"])
 DECIDE_SECONDS = _histogram("helium_decide_seconds", "Duration of one dispatch decision.", _MICRO)
 FIRST_TOKEN_SECONDS = _histogram(
     "helium_first_byte_seconds", "From arrival to the first byte of the answer.", _SECONDS, ["model"]
 )
-CALL_SECONDS = _histogram("helium_call_seconds", "From arrival to the end of the answer.", _SECONDS, ["model"])
-UPSTREAM_SECONDS = _histogram("helium_upstream_seconds", "Time a worker took for a call.", _SECONDS, ["worker"])
+CALL_SECONDS = _histogram(
+    "helium_call_seconds", "From arrival to the end of the answer.", _SECONDS, ["model"]
+)
+UPSTREAM_SECONDS = _histogram(
+    "helium_upstream_seconds", "Time a worker took for a call.", _SECONDS, ["worker"]
+)
 
 # -- predictions against what happened
 PREDICTED_CACHED = _counter(
@@ -117,9 +123,7 @@ WORKER_BLOCKS = _gauge("helium_worker_capacity_blocks", "KV capacity in blocks."
 WORKER_RESIDENT = _gauge("helium_worker_resident_blocks", "Blocks believed resident.", ["worker"])
 WORKER_PINNED = _gauge("helium_worker_pinned_blocks", "Blocks pinned.", ["worker"])
 WORKER_PIN_BUDGET = _gauge("helium_worker_pin_budget_blocks", "Blocks that may be pinned.", ["worker"])
-WORKER_PREFILL_RATE = _gauge(
-    "helium_worker_prefill_tokens_per_second", "Measured prefill rate.", ["worker"]
-)
+WORKER_PREFILL_RATE = _gauge("helium_worker_prefill_tokens_per_second", "Measured prefill rate.", ["worker"])
 WORKER_DECODE_RATE = _gauge(
     "helium_worker_decode_tokens_per_second", "Measured decode rate of one call.", ["worker"]
 )
@@ -137,6 +141,11 @@ CRITICAL_PATH = _histogram(
     _SECONDS,
     ["workflow"],
 )
+NODE_SECONDS = _counter(
+    "helium_node_seconds_total",
+    "Seconds of a node's calls by phase: before (its run began), queue, first_token, decode.",
+    ["workflow", "node", "phase"],
+)
 TAGS = _counter("helium_tags_total", "Tag values accepted, by source.", ["source"])
 TAG_CONFLICTS = _counter("helium_tag_conflicts_total", "Sources that disagreed, by field.", ["field"])
 TAGS_IGNORED = _counter("helium_tags_ignored_total", "Bad tag values ignored, by field.", ["field"])
@@ -144,7 +153,9 @@ EDGES = _counter("helium_edges_total", "Edges added to runs, by source: tag, nat
 
 # -- reuse
 CACHE_REQUESTS = _counter(
-    "helium_prompt_cache_requests_total", "Prompt cache look-ups: hit, miss, stale, bypass, error.", ["result"]
+    "helium_prompt_cache_requests_total",
+    "Prompt cache look-ups: hit, miss, stale, bypass, error.",
+    ["result"],
 )
 CACHE_ENTRIES = _gauge("helium_prompt_cache_entries", "Answers held by the prompt cache.")
 CACHE_BYTES = _gauge("helium_prompt_cache_bytes", "Bytes held by the prompt cache.")
@@ -159,13 +170,27 @@ LOOKAHEAD = _counter("helium_lookahead_total", "Prewarmed prefixes: used, wasted
 KV_EVENTS = _counter("helium_kv_events_total", "KV events received.", ["worker", "kind"])
 KV_GAPS = _counter("helium_kv_event_gaps_total", "Gaps in the sequence of KV events.", ["worker"])
 
+# Label values known beforehand start at 0: a rate over the first event is then right, and no panel is empty.
+for _family, _values in (
+    (CACHE_REQUESTS, ("hit", "miss", "stale", "bypass", "error")),
+    (LOOKAHEAD, ("used", "wasted", "skipped")),
+    (EDGES, ("tag", "native", "inferred")),
+    (ERRORS, ("queue_full", "no_worker", "upstream_error", "draining", "deadline_exceeded", "invalid_api_key")),
+    (FAIL_OPEN, ("workflow", "dispatch", "tokenizer")),
+):
+    for _value in _values:
+        _family.labels(_value)
+for _kind in ("pin", "renew", "unpin", "prewarm"):
+    for _result in ("ok", "error"):
+        DIRECTIVES.labels(_kind, _result)
+
 _CAPS = {"workflow": 100, "node": 400, "model": 50}
 _UNSAFE = re.compile(r"[^\w.:/@#-]")
 _seen: dict[str, dict[str, str]] = {label: {} for label in _CAPS}
 
 
 def bounded(label: str, value: str) -> str:
-    """`value` as a safe label: at most `_CAPS[label]` distinct ones are ever admitted, the rest are ``other``."""
+    """`value` as a safe label: at most `_CAPS[label]` distinct ones are admitted, the rest are ``other``."""
     seen = _seen[label]
     known = seen.get(value)
     if known is not None:
