@@ -51,7 +51,7 @@ class PlanSettings(BaseModel):
     placement: bool = Field(default=True, description="Pass the plan's worker to the dispatcher as a preference.")
     ordering: bool = Field(default=True, description="Pass the plan's order and critical paths to the dispatcher.")
     effort: int = Field(
-        default=30_000,
+        default=45_000,
         ge=0,
         description="Scheduling effort: operator evaluations spent on improving the first schedule.",
     )
@@ -60,6 +60,9 @@ class PlanSettings(BaseModel):
     )
     max_jobs: int = Field(
         default=256, ge=1, description="Jobs remembered; the oldest finished one makes room, else: 429."
+    )
+    max_live_operators: int = Field(
+        default=200_000, ge=1, description="Operators of all unfinished jobs together; above it: 429."
     )
     max_jobs_per_tenant: int = Field(default=64, ge=1, description="Unfinished jobs of one tenant; above it: 429.")
     job_ttl_s: float = Field(default=3_600.0, gt=0, description="Seconds a finished job's results are kept.")

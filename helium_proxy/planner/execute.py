@@ -1,0 +1,434 @@
+"""Run a scheduled plan: start every operator as soon as its inputs are there, in plan order among those ready.
+
+An operator that fails takes with it only what depends on it; the other rows, and the other outputs of its row, go on.
+Retrying is the dispatcher's business. Cancelling `JobRun.run` cancels the calls in flight and waits for them to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import structlog
+
+from helium_proxy.errors import HeliumError, UpstreamFailed
+from helium_proxy.planner.explain import Actual
+from helium_proxy.planner.graph import Operator, request_body
+from helium_proxy.planner.pipeline import PhysicalPlan
+from helium_proxy.planner.settings import PlanSettings
+from helium_proxy.types import Fate, Hints
+
+log = structlog.get_logger(__name__)
+
+OperatorState = Literal["waiting", "running", "done", "failed", "skipped", "cancelled"]
+RowState = Literal["running", "completed", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """The answer to one call, whatever became of it; `body` is OpenAI's, an error's included."""
+
+    status: int
+    body: Mapping[str, Any]
+    fate: Fate = "computed"
+    worker: str | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+class CallPort(Protocol):
+    """Where an operator's call goes: the same pipeline as live calls. May raise `HeliumError`."""
+
+    async def call(
+        self,
+        body: dict[str, Any],
+        *,
+        tenant: str,
+        headers: Mapping[str, str],
+        hints: Hints | None,
+        worker: str | None,
+    ) -> CallResult: ...
+
+
+def reply_text(body: Mapping[str, Any]) -> str:
+    """The text of a chat completion or completion. Raises `UpstreamFailed` when there is none to be found."""
+    try:
+        choice = body["choices"][0]
+        text = choice["message"].get("content") if "message" in choice else choice["text"]
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise UpstreamFailed("the worker's answer has no choices") from None
+    return text if isinstance(text, str) else ""
+
+
+@dataclass(slots=True)
+class OperatorRun:
+    """One operator's progress. Times in seconds on the run's clock."""
+
+    state: OperatorState = "waiting"
+    result: CallResult | None = None
+    error: Mapping[str, Any] | None = None
+    """OpenAI's error object: why it failed, or why what it depends on did."""
+    status: int = 0
+    started: float | None = None
+    finished: float | None = None
+
+
+@dataclass(slots=True)
+class Row:
+    """One input row's results."""
+
+    unresolved: int
+    state: RowState = "running"
+    outputs: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    bodies: dict[str, CallResult] = field(default_factory=dict)
+    """Whole answers, where the run was told to keep them."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatistics:
+    """Operators by state; calls by fate; tokens of the calls made."""
+
+    operators: Mapping[OperatorState, int]
+    fates: Mapping[Fate, int]
+    in_flight: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+class JobRun:
+    """The execution of one plan."""
+
+    def __init__(
+        self,
+        plan: PhysicalPlan,
+        port: CallPort,
+        settings: PlanSettings,
+        *,
+        job: str,
+        tenant: str,
+        run_seq: int,
+        clock: Callable[[], float],
+        keep_bodies: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.port = port
+        self.settings = settings
+        self.job = job
+        self.tenant = tenant
+        self.run_seq = run_seq
+        self.clock = clock
+        self.keep_bodies = keep_bodies
+        self._hints = PlanHints(plan, run_seq)
+        self._consumers = plan.graph.consumers()
+        # All mutable state.
+        self.operators = {id_: OperatorRun() for id_ in plan.graph.operators}
+        self.rows = [Row(len(outputs)) for outputs in plan.graph.outputs]
+        self.events: deque[tuple[int, str, dict[str, Any]]] = deque(maxlen=settings.max_events)  # (seq, name, data)
+        self.event_seq = 0  # of the newest event
+        self.kept_bytes = 0  # results held
+        self.began: float | None = None
+        self._changed = asyncio.Event()  # replaced whenever an event is added
+        self._states: Counter[OperatorState] = Counter({"waiting": len(self.operators)})
+        self._texts: dict[int, str] = {}  # outputs still needed by a consumer
+        self._replies: dict[int, str] = {}  # operator → response id, for the consumers' parents
+        self._waiting: dict[int, int] = {}  # operator → inputs still missing
+        self._unread: dict[int, int] = {}  # operator → consumers that have not finished
+        self._ready: list[tuple[int, int]] = []  # heap of (rank, operator)
+        self._tasks: dict[asyncio.Task[CallResult], int] = {}
+        self._done: asyncio.Queue[asyncio.Task[CallResult]] = asyncio.Queue()
+        self._wanted: dict[int, list[tuple[int, str]]] = {}  # operator → (row, output node)
+        for row, outputs in enumerate(plan.graph.outputs):
+            for node, id_ in outputs.items():
+                self._wanted.setdefault(id_, []).append((row, node))
+
+    def __repr__(self) -> str:
+        shown = " ".join(f"{state}={count}" for state, count in self._states.items() if count)
+        return f"<JobRun {self.job} {shown}>"
+
+    def statistics(self) -> RunStatistics:
+        results = [run.result for run in self.operators.values() if run.result is not None]
+        return RunStatistics(
+            operators={state: count for state, count in self._states.items() if count},
+            fates=Counter(result.fate for result in results),
+            in_flight=len(self._tasks),
+            prompt_tokens=sum(result.prompt_tokens or 0 for result in results),
+            cached_tokens=sum(result.cached_tokens or 0 for result in results),
+            output_tokens=sum(result.output_tokens or 0 for result in results),
+        )
+
+    def actuals(self) -> dict[int, Actual]:
+        """What happened so far, for `explain`."""
+        origin = self.began or 0.0
+        found = {}
+        for id_, run in self.operators.items():
+            result = run.result
+            found[id_] = Actual(
+                status=run.state,
+                fate=result.fate if result else None,
+                worker=result.worker if result else None,
+                prompt_tokens=result.prompt_tokens if result else None,
+                cached_tokens=result.cached_tokens if result else None,
+                output_tokens=result.output_tokens if result else None,
+                started_s=None if run.started is None else round(run.started - origin, 4),
+                finished_s=None if run.finished is None else round(run.finished - origin, 4),
+            )
+        return found
+
+    async def changed(self) -> None:
+        """Wait for the next event."""
+        await self._changed.wait()
+
+    async def run(self) -> None:
+        """Execute to the end. Raises only `CancelledError`, after every call has ended."""
+        self.began = self.clock()
+        try:
+            self._prepare()
+            while True:
+                self._start_ready()
+                if not self._tasks:
+                    break
+                self._settle(await self._done.get())
+                while not self._done.empty():
+                    self._settle(self._done.get_nowait())
+        except asyncio.CancelledError:
+            await self._abort()
+            raise
+
+    def _prepare(self) -> None:
+        for id_, operator in self.plan.graph.operators.items():
+            self._waiting[id_] = len(operator.deps)
+            self._unread[id_] = len(self._consumers[id_])
+        for id_, operator in self.plan.graph.operators.items():
+            if operator.fetched is not None:
+                self._fetched(id_, operator.fetched)
+            elif not operator.deps:
+                heapq.heappush(self._ready, (self.plan.rank[id_], id_))
+
+    def _fetched(self, id_: int, text: str) -> None:
+        now = self.clock()
+        self.operators[id_].started = now
+        body = {"object": "helium.cache_fetch", "choices": [{"index": 0, "message": {"content": text}}]}
+        self._succeed(id_, CallResult(200, body, "hit"), text)
+
+    def _start_ready(self) -> None:
+        while self._ready and len(self._tasks) < self.settings.max_in_flight:
+            _, id_ = heapq.heappop(self._ready)
+            operator = self.plan.graph.operators[id_]
+            settings, plan = self.settings, self.plan
+            task = asyncio.create_task(
+                self.port.call(
+                    request_body(operator, self._texts),
+                    tenant=self.tenant,
+                    headers=self._headers(operator),
+                    hints=self._hints.started(id_) if settings.ordering else None,
+                    worker=plan.workers[plan.placement[id_]].name if settings.placement else None,
+                )
+            )
+            self._tasks[task] = id_
+            task.add_done_callback(self._done.put_nowait)
+            self._turn(id_, "running")
+            self.operators[id_].started = self.clock()
+            self._event("operator", {"operator": operator.name, "state": "running"})
+
+    def _headers(self, operator: Operator) -> dict[str, str]:
+        """The tags of live traffic, so that a plan's calls appear as runs of their workflow."""
+        parents = [self._replies[dep] for dep in operator.deps if dep in self._replies]
+        headers = {
+            "x-helium-workflow": self.plan.graph.workflow,
+            "x-helium-run": f"{self.job}/{operator.row}",
+            "x-helium-node": operator.template.node,
+            "x-helium-parents": ",".join(parents),
+        }
+        if not self._consumers[operator.id] and len(self.plan.graph.outputs[operator.row]) == 1:
+            headers["x-helium-final"] = "true"
+        return {name: value.encode("ascii", "replace").decode() for name, value in headers.items()}
+
+    def _settle(self, task: asyncio.Task[CallResult]) -> None:
+        id_ = self._tasks.pop(task)
+        try:
+            result = task.result()
+            if result.status >= 400:
+                error = result.body.get("error")
+                self._fail(id_, result.status, error if isinstance(error, dict) else {"message": "the call failed"})
+                return
+            self._succeed(id_, result, reply_text(result.body))
+        except HeliumError as error:
+            self._fail(id_, error.status, error.body()["error"])
+        except asyncio.CancelledError:
+            self._fail(id_, 499, {"message": "the call was cancelled", "type": "cancelled", "code": "cancelled"})
+        except Exception:
+            log.exception("plan.operator_failed", job=self.job, operator=self.plan.graph.operators[id_].name)
+            self._fail(id_, 500, {"message": "internal error", "type": "server_error", "code": "internal_error"})
+
+    def _turn(self, id_: int, state: OperatorState) -> None:
+        run = self.operators[id_]
+        self._states[run.state] -= 1
+        self._states[state] += 1
+        run.state = state
+
+    def _succeed(self, id_: int, result: CallResult, text: str) -> None:
+        run = self.operators[id_]
+        self._turn(id_, "done")
+        run.finished, run.status = self.clock(), result.status
+        run.result = CallResult(
+            result.status,
+            {},
+            result.fate,
+            result.worker,
+            result.prompt_tokens,
+            result.cached_tokens,
+            result.output_tokens,
+        )
+        if isinstance(reply := result.body.get("id"), str):
+            self._replies[id_] = reply
+        if self._unread[id_]:
+            self._texts[id_] = text
+        self._event(
+            "operator",
+            {
+                "operator": self.plan.graph.operators[id_].name,
+                "state": "done",
+                "fate": result.fate,
+                "worker": result.worker,
+                "output_tokens": result.output_tokens,
+            },
+        )
+        for row, node in self._wanted.get(id_, ()):
+            self.rows[row].outputs[node] = text
+            self.kept_bytes += len(text)
+            if self.keep_bodies:
+                self.rows[row].bodies[node] = result
+                self.kept_bytes += len(text)  # about: the body repeats the text
+            self._resolve(row)
+        for consumer in self._consumers[id_]:
+            self._waiting[consumer] -= 1
+            if not self._waiting[consumer] and self.operators[consumer].state == "waiting":
+                heapq.heappush(self._ready, (self.plan.rank[consumer], consumer))
+        self._release(id_)
+
+    def _fail(self, id_: int, status: int, error: Mapping[str, Any]) -> None:
+        """Fail an operator and skip everything that depends on it."""
+        names = self.plan.graph.operators
+        stack: list[tuple[int, OperatorState]] = [(id_, "failed")]
+        while stack:
+            failed, state = stack.pop()
+            run = self.operators[failed]
+            if run.state not in ("waiting", "running"):
+                continue
+            self._turn(failed, state)
+            run.finished, run.status = self.clock(), status
+            run.error = error if state == "failed" else {**error, "failed_operator": names[id_].name}
+            self._event("operator", {"operator": names[failed].name, "state": state, "error": dict(run.error)})
+            for row, node in self._wanted.get(failed, ()):
+                self.rows[row].errors[node] = run.error
+                self._resolve(row)
+            stack.extend((consumer, "skipped") for consumer in self._consumers[failed])
+            self._release(failed)
+
+    def _release(self, id_: int) -> None:
+        """Drop the texts that only this operator was still waiting for."""
+        for dep in self.plan.graph.operators[id_].deps:
+            self._unread[dep] -= 1
+            if not self._unread[dep]:
+                self._texts.pop(dep, None)
+                self._replies.pop(dep, None)
+
+    def _resolve(self, row: int) -> None:
+        result = self.rows[row]
+        result.unresolved -= 1
+        if result.unresolved == 0:
+            result.state = "failed" if result.errors else "completed"
+            self._event("input", {"input": row, "state": result.state})
+
+    async def _abort(self) -> None:
+        """Cancel what runs, wait for it, and close the books."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for task, id_ in list(self._tasks.items()):
+            if not task.cancelled() and task.exception() is None and task.result().status < 400:
+                self._settle(task)  # it had already been answered
+            else:
+                self._turn(id_, "cancelled")
+        self._tasks.clear()
+        for id_, run in self.operators.items():
+            if run.state in ("waiting", "running"):
+                self._turn(id_, "cancelled")
+        for row, result in enumerate(self.rows):
+            if result.state == "running":
+                result.state = "cancelled"
+                self._event("input", {"input": row, "state": "cancelled"})
+
+    def _event(self, name: str, data: dict[str, Any]) -> None:
+        self.event_seq += 1
+        self.events.append((self.event_seq, name, data))
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def announce(self, state: str) -> None:
+        """Add the event of the whole job's state."""
+        self._event("job", {"state": state})
+
+
+class PlanHints:
+    """What the plan knows of each operator, exactly, where a live run's template only guesses."""
+
+    def __init__(self, plan: PhysicalPlan, run_seq: int) -> None:
+        self.plan = plan
+        self.run_seq = run_seq
+        operators, tree = plan.graph.operators, plan.tree
+        consumers = plan.graph.consumers()
+        # The longest chain behind each operator: (output tokens, prompt tokens, calls).
+        self._path: dict[int, tuple[float, float, int]] = {}
+        self._descends: dict[int, int] = {}
+        for id_ in reversed(list(tree.paths)):
+            best = (0.0, 0.0, 0)
+            for consumer in consumers[id_]:
+                output, prompt, calls = self._path[consumer]
+                best = max(best, (output + tree.lengths[consumer], prompt + tree.prompts[consumer], calls + 1))
+            self._path[id_] = best
+        self._descends = _count_descendants(consumers, list(tree.paths))
+        # Mutable: how many operators with the same inputs have not started yet.
+        self._family = {id_: operators[id_].deps or (-1 - operators[id_].row,) for id_ in tree.paths}
+        self._to_come = Counter(self._family.values())
+
+    def started(self, id_: int) -> Hints:
+        """The hints of an operator that starts now; its siblings to come are those with the same inputs."""
+        tree = self.plan.tree
+        output, prompt, calls = self._path[id_]
+        self._to_come[self._family[id_]] -= 1
+        return Hints(
+            output_tokens=tree.lengths[id_],
+            output_samples=1,
+            path_calls=calls,
+            path_output_tokens=output,
+            path_prompt_tokens=prompt,
+            siblings_to_come=self._to_come[self._family[id_]],
+            descends=self._descends[id_],
+            static_messages=self.plan.graph.operators[id_].template.static_messages,
+            run_seq=self.run_seq,
+            plan_rank=self.plan.rank[id_],
+        )
+
+
+def _count_descendants(consumers: Mapping[int, list[int]], ids: list[int]) -> dict[int, int]:
+    """Operators that follow from each, on any path: sets as bit masks, a row's operators at a time being few."""
+    masks: dict[int, int] = {}
+    bits: dict[int, int] = {}
+    counts = {}
+    for id_ in reversed(ids):
+        mask = 0
+        for consumer in consumers[id_]:
+            mask |= masks[consumer] | (1 << bits.setdefault(consumer, len(bits)))
+        masks[id_] = mask
+        counts[id_] = mask.bit_count()
+    return counts
