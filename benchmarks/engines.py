@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from helium_proxy.engine.profile import PROFILES
 
-from .process import ROOT, Server, free_port
+from .process import ROOT, Server, StartFailed, free_port
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class EngineOptions:
     blocks: int = 96
     """KV blocks per engine."""
     block_size: int | None = None
-    """Tokens; None: the profile's, or vLLM's own for the CPU (128)."""
+    """Tokens; None: the profile's, or vLLM's own for the CPU (128; it takes multiples of 32)."""
     time_scale: float = 1.0
     """Embedded only: seconds of the engine's time per second."""
     kv_events: bool = False
@@ -228,7 +228,10 @@ def _start_vllm(spec: str, count: int, options: EngineOptions) -> Engines:
         )
         for index in range(count)
     ]
-    vllm.start_engines(servers)
+    try:
+        vllm.start_engines(servers)
+    except vllm.EngineFailed as failure:
+        raise StartFailed(str(failure)) from failure
     events = [f"tcp://127.0.0.1:{server.events_port}" for server in servers if server.events_port is not None]
     return Engines(spec, [server.url for server in servers], events=events, owned=list(servers))
 

@@ -197,7 +197,7 @@ def save(result: dict[str, Any], name: str) -> Path:
 @click.option("--decode-cost", default=3.0, help="Work of a generated token in prompt tokens, for the balance.")
 @click.option("--out", help="Name of the result file in benchmarks/results (default: not saved).")
 @click.option("--quick", is_flag=True, help="One repeat of a quarter of the batch.")
-def main(  # noqa: PLR0917 (click passes by name)
+def main(
     spec: str,
     profile: str,
     blocks: int,

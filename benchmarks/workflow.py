@@ -4,7 +4,7 @@
 
 Four kinds of 4 kB calls, all with 14 ordinary headers: *fresh* (every character never seen before), *agent* (a
 known system prompt of half the size, the rest new and quoting an earlier reply), *turn* (a conversation grown by
-one turn) and *tagged* (as agent, with workflow, run, node and parents). Prints microseconds per call.
+one turn) and *tagged* (as agent, with workflow, run, node and parents). Prints microseconds of CPU per call, garbage collection included.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def main() -> None:
         )
         outcome = Outcome("computed", reply_text=reply, prompt_tokens=1_000, output_tokens=200, finished_at=count)
         now = count / 100.0
-        begun = time.perf_counter()
+        begun = time.thread_time()
         arrival = workflows.arrive(request, now)
-        middle = time.perf_counter()
+        middle = time.thread_time()
         workflows.started(arrival.call, "w", now)
-        begun += time.perf_counter() - middle
+        begun += time.thread_time() - middle
         workflows.finished(arrival.call, outcome, now + 0.005)
-        took = time.perf_counter() - begun
+        took = time.thread_time() - begun
         replies.append(reply)
         return took * 1e6
 
