@@ -9,6 +9,7 @@ The tree::
     ├── NotFound                    404  not_found_error
     │   └── ModelNotFound           404  model_not_found
     ├── BodyTooLarge                413  request_too_large
+    ├── HeadersTooLarge             431  headers_too_large
     ├── QueueFull                   429  queue_full          (+ Retry-After)
     ├── ClientGone                  499  client_disconnected (nobody is left to read it)
     ├── UpstreamFailed              502  upstream_error
@@ -81,6 +82,12 @@ class BodyTooLarge(HeliumError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class HeadersTooLarge(HeliumError):
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
 
 
 class QueueFull(HeliumError):

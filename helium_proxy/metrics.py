@@ -42,9 +42,7 @@ def _histogram(name: str, doc: str, buckets: Sequence[float], labels: Sequence[s
 
 
 # -- what was asked, and what became of it
-HTTP_REQUESTS = _counter(
-    "helium_http_requests_total", "HTTP requests by route and status.", ["route", "status"]
-)
+HTTP_REQUESTS = _counter("helium_http_requests_total", "HTTP requests by route and status.", ["route", "status"])
 CALLS = _counter(
     "helium_calls_total",
     "LLM calls by fate: computed, hit, coalesced, error.",
@@ -69,9 +67,7 @@ ERRORS = _counter("helium_errors_total", "Errors answered to clients, by kind.",
 FAIL_OPEN = _counter(
     "helium_fail_open_total", "Times a room failed and the call passed through without it.", ["room"]
 )
-DISCONNECTS = _counter(
-    "helium_client_disconnects_total", "Clients that left before their answer was complete."
-)
+DISCONNECTS = _counter("helium_client_disconnects_total", "Clients that left before their answer was complete.")
 STREAMS_OPEN = _gauge("helium_streams_open", "Streams being relayed now.")
 
 # -- time
@@ -81,12 +77,8 @@ DECIDE_SECONDS = _histogram("helium_decide_seconds", "Duration of one dispatch d
 FIRST_TOKEN_SECONDS = _histogram(
     "helium_first_byte_seconds", "From arrival to the first byte of the answer.", _SECONDS, ["model"]
 )
-CALL_SECONDS = _histogram(
-    "helium_call_seconds", "From arrival to the end of the answer.", _SECONDS, ["model"]
-)
-UPSTREAM_SECONDS = _histogram(
-    "helium_upstream_seconds", "Time a worker took for a call.", _SECONDS, ["worker"]
-)
+CALL_SECONDS = _histogram("helium_call_seconds", "From arrival to the end of the answer.", _SECONDS, ["model"])
+UPSTREAM_SECONDS = _histogram("helium_upstream_seconds", "Time a worker took for a call.", _SECONDS, ["worker"])
 
 # -- predictions against what happened
 PREDICTED_CACHED = _counter(
@@ -100,9 +92,7 @@ CACHED_ERROR = _histogram(
     "Absolute difference of predicted and actual cached tokens, per call.",
     _TOKENS,
 )
-OUTPUT_RATIO = _histogram(
-    "helium_output_prediction_ratio", "Predicted ÷ actual output tokens, per call.", _RATIO
-)
+OUTPUT_RATIO = _histogram("helium_output_prediction_ratio", "Predicted ÷ actual output tokens, per call.", _RATIO)
 FINISH_RATIO = _histogram(
     "helium_finish_prediction_ratio", "Predicted ÷ actual duration on the worker, per call.", _RATIO
 )
@@ -124,9 +114,7 @@ WORKER_RESIDENT = _gauge("helium_worker_resident_blocks", "Blocks believed resid
 WORKER_PINNED = _gauge("helium_worker_pinned_blocks", "Blocks pinned.", ["worker"])
 WORKER_PIN_BUDGET = _gauge("helium_worker_pin_budget_blocks", "Blocks that may be pinned.", ["worker"])
 WORKER_PREFILL_RATE = _gauge("helium_worker_prefill_tokens_per_second", "Measured prefill rate.", ["worker"])
-WORKER_DECODE_RATE = _gauge(
-    "helium_worker_decode_tokens_per_second", "Measured decode rate of one call.", ["worker"]
-)
+WORKER_DECODE_RATE = _gauge("helium_worker_decode_tokens_per_second", "Measured decode rate of one call.", ["worker"])
 BREAKER_OPENS = _counter("helium_breaker_opens_total", "Times a worker's circuit breaker opened.", ["worker"])
 
 # -- workflows

@@ -55,6 +55,8 @@ class Hints:
     """Leading messages that are equal in every run of this node (0: not known)."""
     run_seq: int = 0
     """Arrival order of the run within the process: smaller is older. 0: no run."""
+    plan_rank: int | None = None
+    """Place in the order of a submitted plan (0 is first); None: not part of one."""
     priority: int = 0
     """The client's; lower is earlier."""
     deadline_s: float | None = None
@@ -93,7 +95,7 @@ class Outcome:
     first_token_at: float | None = None
     finished_at: float = 0.0
     reply_text: str | None = None
-    """The assistant's text, when it was small enough to keep; what inference matches later prompts against."""
+    """The assistant's text when small enough to keep: what inference matches later prompts against."""
     reply_tool_calls: tuple[str, ...] = ()
     """Ids of the tool calls in the reply."""
     reply_id: str | None = None

@@ -273,6 +273,8 @@ class DispatchState:
                 self._run_started.popitem(last=False)
             virtual = max(started, now - self._drain_s(call.model))
             path = -(hints.path_output_tokens + 0.25 * hints.path_prompt_tokens)
+            if hints.plan_rank is not None:
+                path = float(hints.plan_rank)  # a submitted plan has weighed paths against prefixes already
         if hints.deadline_s is not None:
             duration = min(
                 (w.rates.duration(call.prompt_tokens, call.output_tokens) for w in self.workers.values()), default=0

@@ -221,11 +221,17 @@ class Scheduler:
                     result.first.append(request)
         counters.computed_tokens += result.prefill_tokens
         heap = self._finishing
+        ending: list[Request] = []
         while heap and heap[0][0] <= self.ticks:
             entry = heapq.heappop(heap)
             if _valid(entry):
-                self._complete(entry[2], end)
-                result.finished.append(entry[2])
+                ending.append(entry[2])
+        if len(ending) > 1:  # blocks are freed in order of admission, which decides what is evicted first
+            among = set(ending)
+            ending = [request for request in self._running if request in among]
+        for request in ending:
+            self._complete(request, end)
+        result.finished = ending
         if self._aborting:
             for request in self._aborting:
                 self._drop(request)

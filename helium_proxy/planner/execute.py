@@ -18,11 +18,15 @@ import structlog
 from helium_proxy.errors import HeliumError, UpstreamFailed
 from helium_proxy.planner.explain import Actual
 from helium_proxy.planner.graph import Operator, request_body
+from helium_proxy.planner.hints import PlanHints
 from helium_proxy.planner.pipeline import PhysicalPlan
 from helium_proxy.planner.settings import PlanSettings
 from helium_proxy.types import Fate, Hints
 
 log = structlog.get_logger(__name__)
+
+_OPERATOR_BYTES = 3_000
+"""What the plan and the run of one operator take in memory, about, its texts excluded."""
 
 OperatorState = Literal["waiting", "running", "done", "failed", "skipped", "cancelled"]
 RowState = Literal["running", "completed", "failed", "cancelled"]
@@ -132,7 +136,7 @@ class JobRun:
         self.rows = [Row(len(outputs)) for outputs in plan.graph.outputs]
         self.events: deque[tuple[int, str, dict[str, Any]]] = deque(maxlen=settings.max_events)  # (seq, name, data)
         self.event_seq = 0  # of the newest event
-        self.kept_bytes = 0  # results held
+        self.kept_bytes = self._plan_bytes()  # the plan's and the results', about
         self.began: float | None = None
         self._changed = asyncio.Event()  # replaced whenever an event is added
         self._states: Counter[OperatorState] = Counter({"waiting": len(self.operators)})
@@ -151,6 +155,11 @@ class JobRun:
     def __repr__(self) -> str:
         shown = " ".join(f"{state}={count}" for state, count in self._states.items() if count)
         return f"<JobRun {self.job} {shown}>"
+
+    def _plan_bytes(self) -> int:
+        rows = {operator.row: operator.values for operator in self.plan.graph.operators.values()}
+        texts = sum(len(value) for values in rows.values() for value in values.values())
+        return texts + _OPERATOR_BYTES * len(self.plan.graph.operators)
 
     def statistics(self) -> RunStatistics:
         results = [run.result for run in self.operators.values() if run.result is not None]
@@ -197,9 +206,8 @@ class JobRun:
                 self._settle(await self._done.get())
                 while not self._done.empty():
                     self._settle(self._done.get_nowait())
-        except asyncio.CancelledError:
+        finally:
             await self._abort()
-            raise
 
     def _prepare(self) -> None:
         for id_, operator in self.plan.graph.operators.items():
@@ -348,7 +356,7 @@ class JobRun:
             self._event("input", {"input": row, "state": result.state})
 
     async def _abort(self) -> None:
-        """Cancel what runs, wait for it, and close the books."""
+        """Cancel what runs, wait for it, and close the books. Nothing to do after a whole run."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -360,6 +368,10 @@ class JobRun:
             else:
                 self._turn(id_, "cancelled")
         self._tasks.clear()
+        self.close()
+
+    def close(self) -> None:
+        """Mark what has not ended as cancelled: for a run that was stopped, or that never began."""
         for id_, run in self.operators.items():
             if run.state in ("waiting", "running"):
                 self._turn(id_, "cancelled")
@@ -377,58 +389,3 @@ class JobRun:
     def announce(self, state: str) -> None:
         """Add the event of the whole job's state."""
         self._event("job", {"state": state})
-
-
-class PlanHints:
-    """What the plan knows of each operator, exactly, where a live run's template only guesses."""
-
-    def __init__(self, plan: PhysicalPlan, run_seq: int) -> None:
-        self.plan = plan
-        self.run_seq = run_seq
-        operators, tree = plan.graph.operators, plan.tree
-        consumers = plan.graph.consumers()
-        # The longest chain behind each operator: (output tokens, prompt tokens, calls).
-        self._path: dict[int, tuple[float, float, int]] = {}
-        self._descends: dict[int, int] = {}
-        for id_ in reversed(list(tree.paths)):
-            best = (0.0, 0.0, 0)
-            for consumer in consumers[id_]:
-                output, prompt, calls = self._path[consumer]
-                best = max(best, (output + tree.lengths[consumer], prompt + tree.prompts[consumer], calls + 1))
-            self._path[id_] = best
-        self._descends = _count_descendants(consumers, list(tree.paths))
-        # Mutable: how many operators with the same inputs have not started yet.
-        self._family = {id_: operators[id_].deps or (-1 - operators[id_].row,) for id_ in tree.paths}
-        self._to_come = Counter(self._family.values())
-
-    def started(self, id_: int) -> Hints:
-        """The hints of an operator that starts now; its siblings to come are those with the same inputs."""
-        tree = self.plan.tree
-        output, prompt, calls = self._path[id_]
-        self._to_come[self._family[id_]] -= 1
-        return Hints(
-            output_tokens=tree.lengths[id_],
-            output_samples=1,
-            path_calls=calls,
-            path_output_tokens=output,
-            path_prompt_tokens=prompt,
-            siblings_to_come=self._to_come[self._family[id_]],
-            descends=self._descends[id_],
-            static_messages=self.plan.graph.operators[id_].template.static_messages,
-            run_seq=self.run_seq,
-            plan_rank=self.plan.rank[id_],
-        )
-
-
-def _count_descendants(consumers: Mapping[int, list[int]], ids: list[int]) -> dict[int, int]:
-    """Operators that follow from each, on any path: sets as bit masks, a row's operators at a time being few."""
-    masks: dict[int, int] = {}
-    bits: dict[int, int] = {}
-    counts = {}
-    for id_ in reversed(ids):
-        mask = 0
-        for consumer in consumers[id_]:
-            mask |= masks[consumer] | (1 << bits.setdefault(consumer, len(bits)))
-        masks[id_] = mask
-        counts[id_] = mask.bit_count()
-    return counts

@@ -1,7 +1,7 @@
 """Submitted work: planned in a thread, run in the background, remembered for a while.
 
-The store is bounded in jobs, in jobs per tenant, in bytes of results and in time. Only finished jobs are evicted; when
-none is left to evict, a new one is refused with 429. A tenant sees its own jobs only.
+The store is bounded in jobs, in jobs per tenant, in operators, in bytes of results and in time. Only finished jobs
+are evicted; when none is left to evict, a new one is refused with 429. A tenant sees its own jobs only.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any, Literal
+
+import structlog
 
 from helium_proxy.errors import Draining, NotFound, QueueFull
 from helium_proxy.planner.cost import PlanWorker
@@ -26,11 +29,13 @@ from helium_proxy.planner.rules import Lookup
 from helium_proxy.planner.settings import PlanSettings
 from helium_proxy.planner.trie import Count, Profile, count_chars
 
+log = structlog.get_logger(__name__)
+
 JobState = Literal["running", "completed", "partial", "failed", "cancelled"]
 
-CacheLookup = Callable[[str, Mapping[str, Any]], str | None | Awaitable[str | None]]
-"""(tenant, request body) → the text of the cached answer. Called from a planning thread; where it returns an awaitable,
-that is awaited on the event loop."""
+CacheLookup = Callable[[str, Mapping[str, Any]], Awaitable[str | None] | str | None]
+"""(tenant, request body) → the text of the cached answer. Called from a planning thread; where it returns an
+awaitable, that is awaited on the event loop."""
 
 _PLANNERS = 2
 """Plans made at a time: planning is pure Python and shares the interpreter with live traffic."""
@@ -90,7 +95,7 @@ class Job:
             "operators": {
                 "submitted": self.plan.submitted,
                 "planned": len(self.plan.ids),
-                **{state: number for state, number in statistics.operators.items()},
+                **statistics.operators,
             },
             "inputs": {state: states.count(state) for state in dict.fromkeys(states)} | {"total": len(states)},
             "fates": dict(statistics.fates),
@@ -177,26 +182,11 @@ class JobStore:
             tenant, lambda: expand(parse_plan(raw, settings), settings), "wf", keep_bodies=False
         )
 
-    async def submit_graph(
-        self,
-        tenant: str,
-        make: Callable[[], OperatorGraph],
-        prefix: str,
-        *,
-        done: Callable[[Job], None] | None = None,
-    ) -> Job:
-        """The same for operators made by `make` (in a thread), whole answers kept; `done` is called at its end."""
-        return await self._submit(tenant, make, prefix, keep_bodies=True, done=done)
+    async def submit_graph(self, tenant: str, make: Callable[[], OperatorGraph], prefix: str) -> Job:
+        """The same for operators made by `make` (in a thread), whole answers kept."""
+        return await self._submit(tenant, make, prefix, keep_bodies=True)
 
-    async def _submit(
-        self,
-        tenant: str,
-        make: Callable[[], OperatorGraph],
-        prefix: str,
-        *,
-        keep_bodies: bool,
-        done: Callable[[Job], None] | None = None,
-    ) -> Job:
+    async def _submit(self, tenant: str, make: Callable[[], OperatorGraph], prefix: str, *, keep_bodies: bool) -> Job:
         self._admit(tenant)
         self._reserved[tenant] = self._reserved.get(tenant, 0) + 1
         try:
@@ -207,6 +197,11 @@ class JobStore:
                 del self._reserved[tenant]
         if self._closed:
             raise Draining("the proxy is shutting down", retry_after=5)
+        live = sum(len(job.run.operators) for job in self._jobs.values() if job.state == "running")
+        if live and live + len(plan.graph.operators) > self.deps.settings.max_live_operators:
+            raise QueueFull(
+                f"{self.deps.settings.max_live_operators:,} unfinished operators are the most", retry_after=10
+            )
         deps = self.deps
         id_ = f"{prefix}_{secrets.token_hex(12)}"
         run = JobRun(
@@ -221,7 +216,8 @@ class JobStore:
         )
         job = Job(id_, tenant, plan, run, deps.wall())
         self._jobs[id_] = job
-        job.task = asyncio.create_task(self._drive(job, done))
+        job.task = asyncio.create_task(run.run())
+        job.task.add_done_callback(partial(self._finish, job))
         return job
 
     def _admit(self, tenant: str) -> None:
@@ -252,24 +248,19 @@ class JobStore:
             kept -= job.run.kept_bytes
             del self._jobs[job.id]
 
-    async def _drive(self, job: Job, done: Callable[[Job], None] | None) -> None:
-        state: JobState = "failed"
-        try:
-            await job.run.run()
-            states = {row.state for row in job.run.rows}
-            state = "completed" if states <= {"completed"} else "partial" if "completed" in states else "failed"
-        except asyncio.CancelledError:
-            state = "cancelled"
-        finally:
-            job.state = state
-            job.finished_at = self.deps.wall()
-            job.expires = self.deps.clock() + self.deps.settings.job_ttl_s
-            try:
-                if done is not None:
-                    done(job)
-            finally:
-                job.run.announce(state)
-                job.done.set()
+    def _finish(self, job: Job, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("plan.job_failed", job=job.id, exc_info=error)
+        job.run.close()
+        states = {row.state for row in job.run.rows}
+        if "cancelled" in states:
+            job.state = "cancelled"
+        else:
+            job.state = "completed" if states == {"completed"} else "partial" if "completed" in states else "failed"
+        job.finished_at = self.deps.wall()
+        job.expires = self.deps.clock() + self.deps.settings.job_ttl_s
+        job.run.announce(job.state)
+        job.done.set()
 
     def get(self, tenant: str, id_: str) -> Job:
         """Raises `NotFound`, also for another tenant's job."""

@@ -10,12 +10,15 @@ import xxhash
 _hash = xxhash.xxh3_64_intdigest
 
 
-def token_chain(tokens: Sequence[int] | array[int], block_size: int, salt: str = "") -> tuple[int, ...]:
+def token_chain(
+    tokens: Sequence[int] | array[int], block_size: int, salt: str = "", *, parent: int | None = None
+) -> tuple[int, ...]:
     """One hash per *full* block of `block_size` tokens, each seeded by the one before (vLLM never caches a shorter
-    tail). `salt` separates what must not be shared: model, adapter, tenant's `cache_salt`."""
+    tail). `salt` separates what must not be shared: model, adapter, tenant's `cache_salt`. With `parent` the chain
+    goes on after that block, whose salt holds."""
     data = memoryview(tokens if isinstance(tokens, array) else array("I", tokens)).cast("B")
     width = block_size * 4
-    seed = _hash(salt.encode()) if salt else 0
+    seed = parent if parent is not None else _hash(salt.encode()) if salt else 0
     chain: list[int] = []
     for start in range(0, len(data) - width + 1, width):
         seed = _hash(data[start : start + width], seed)

@@ -158,7 +158,7 @@ def _compile(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)  # noqa: DTZ005
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
 
 
@@ -196,9 +196,7 @@ def prompt_pieces(route: str, body: Mapping[str, Any]) -> list[str]:
     tools = body.get("tools")
     if tools:
         pieces.append(json.dumps(tools, sort_keys=True))
-    for field in ("system", "instructions"):
-        if body.get(field):
-            pieces.append(_flat(body[field]))
+    pieces.extend(_flat(body[field]) for field in ("system", "instructions") if body.get(field))
     if route == "/v1/completions":
         prompt = body.get("prompt")
         pieces.append(prompt if isinstance(prompt, str) else json.dumps(prompt))
@@ -212,9 +210,7 @@ def prompt_pieces(route: str, body: Mapping[str, Any]) -> list[str]:
                 pieces.append(_flat(item.get("content")))
                 if item.get("tool_calls"):
                     pieces.append(json.dumps(item["tool_calls"], sort_keys=True))
-                for field in ("output", "arguments"):
-                    if field in item:
-                        pieces.append(_flat(item[field]))
+                pieces.extend(_flat(item[field]) for field in ("output", "arguments") if field in item)
             else:
                 pieces.append(str(item))
     return pieces

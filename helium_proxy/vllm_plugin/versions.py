@@ -15,7 +15,7 @@ def vllm_version() -> str:
         import vllm
     except ImportError:
         return "not installed"
-    return str(vllm.__version__)
+    return str(getattr(vllm, "__version__", "not installed"))  # a folder of that name is not vLLM
 
 
 def check_version(version: str, allow_untested: bool = False) -> None:

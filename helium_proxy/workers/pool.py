@@ -91,7 +91,7 @@ class Pool:
             raise NotFound(f"no worker {worker!r}", param="worker")
         self._set_state(found, "draining")
         deadline = self._clock() + drain_s
-        while found.inflight and self._clock() < deadline:
+        while found.inflight and self._clock() < deadline:  # noqa: ASYNC110 -- nothing signals an idle worker
             await asyncio.sleep(_DRAIN_POLL_S)
         if found.state != "draining" or worker not in self._workers:
             return  # added again, or removed by someone else, meanwhile

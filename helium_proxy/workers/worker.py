@@ -41,6 +41,8 @@ class Facts:
     pinned_blocks: int | None = None
     pin_budget_blocks: int | None = None
     has_plugin: bool = False
+    has_priority: bool = False
+    """Whether it schedules by `priority`: an engine that does not refuses any but 0."""
 
     @property
     def max_model_len(self) -> int | None:

@@ -29,6 +29,7 @@ class Runs:
         # Mutable state.
         self._all: OrderedDict[int, Run] = OrderedDict()  # by seq: oldest first
         self._live: OrderedDict[int, Run] = OrderedDict()  # by seq: least recently active first
+        self._done: OrderedDict[int, None] = OrderedDict()  # seqs of ended runs: first to end first
         self._names: dict[tuple[str, str], Run] = {}  # (tenant, id or another of its names) → newest run
         self._aliases: dict[int, list[tuple[str, str]]] = {}  # seq → its keys in _names
         self._calls: dict[str, Call] = {}  # every remembered call by id
@@ -303,12 +304,16 @@ class Runs:
         """End a live run; its template learns from the whole of it."""
         run.state, run.ended_by = "done", reason
         self._live.pop(run.seq, None)
+        self._done[run.seq] = None
         self._finished += 1
         self._ended.append(run)
         template = self._templates.peek(run.template)
         if template is not None:
             template.close(run)
-            self._templates.touch(run.template, now)
+            if not run.named and template.runs == 1 and len(run.calls) == 1:
+                self._templates.drop(run.template)  # a single call is no workflow until it recurs
+            else:
+                self._templates.touch(run.template, now)
 
     def end_idle(self, now: float) -> None:
         idle = self._settings.run_idle_s
@@ -326,11 +331,10 @@ class Runs:
 
     def _evict(self, spare: Run) -> None:
         """Forget the oldest run, a done one if there is any."""
-        victim = next((run for run in self._all.values() if run.state == "done"), None)
-        if victim is None:
-            victim = next(run for run in self._live.values() if run is not spare)
-            self.end(victim, "evicted", victim.last_at)
-        self._all.pop(victim.seq, None)
+        if not self._done:
+            oldest = next(run for run in self._live.values() if run is not spare)
+            self.end(oldest, "evicted", oldest.last_at)
+        victim = self._all.pop(self._done.popitem(last=False)[0])
         for key in self._aliases.pop(victim.seq, ()):
             if self._names.get(key) is victim:
                 del self._names[key]

@@ -242,6 +242,11 @@ class Template:
         run.root_keys.clear()
 
     @property
+    def young(self) -> bool:
+        """Whether nothing can be predicted yet: there is a first call, and that is all."""
+        return not self.runs and len(self.nodes) <= 2 and all(stats.calls <= 1 for stats in self.nodes.values())
+
+    @property
     def empty(self) -> bool:
         return not self.runs and all(stats.calls <= 0 for stats in self.nodes.values())
 

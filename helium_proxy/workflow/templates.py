@@ -98,6 +98,8 @@ class Templates:
         template = self._templates.get(key)
         if template is None:
             return None
+        if template.young:
+            return None
         forecast = self._forecasts.get(key)
         if forecast is None or (
             forecast.version != template.version

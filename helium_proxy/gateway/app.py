@@ -1,0 +1,199 @@
+"""The application: services put together, routes mounted, errors in one form, start and end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from helium_proxy import __version__, metrics
+from helium_proxy.config import Settings
+from helium_proxy.dispatch.dispatcher import Dispatcher
+from helium_proxy.errors import HeliumError, InvalidRequest, NotFound, Unauthorized
+from helium_proxy.gateway.admin import admin_routes
+from helium_proxy.gateway.auth import Keyring
+from helium_proxy.gateway.llm import PLANNED, LlmRoutes
+from helium_proxy.gateway.models import model_routes
+from helium_proxy.gateway.services import Background, Services
+from helium_proxy.planner.estimate import Estimator
+from helium_proxy.residency.registry import Tokenizers
+from helium_proxy.reuse import Coalescer, build_cache
+from helium_proxy.ui import ui_routes
+from helium_proxy.workers.pool import Pool
+from helium_proxy.workers.upstream import UpstreamClient
+from helium_proxy.workers.worker import Worker
+from helium_proxy.workflow import SqliteTemplateStore, Workflows
+
+log = structlog.get_logger(__name__)
+
+_TICK_S = 1.0
+
+
+class Endpoint:
+    """A raw ASGI endpoint as a route's target (Starlette wraps plain functions, and leaves other callables be)."""
+
+    def __init__(self, serve: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._serve = serve
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._serve(scope, receive, send)
+
+
+def build_services(settings: Settings) -> Services:
+    """Everything the gateway works with. Needs a running event loop; starts no task and opens no connection."""
+    client = UpstreamClient(settings.pool)
+    background = Background()
+    tokenizers = Tokenizers(client)
+
+    def changed(worker: Worker) -> None:
+        dispatcher.worker_changed(worker)
+        if worker.state == "up":
+            background.start(tokenizers.learn(worker))
+
+    def gone(worker: Worker) -> None:
+        dispatcher.worker_gone(worker)
+
+    pool = Pool(settings.pool, client, on_change=changed, on_gone=gone, clock=time.monotonic)
+    dispatcher = Dispatcher(settings.dispatch, pool, clock=time.monotonic)
+    store = SqliteTemplateStore(settings.store.path) if settings.store.path else None
+    reuse = settings.reuse
+    return Services(
+        settings=settings,
+        clock=time.monotonic,
+        wall=time.time,
+        client=client,
+        pool=pool,
+        dispatcher=dispatcher,
+        tokenizers=tokenizers,
+        estimator=Estimator(tokenizers, default_output_tokens=settings.dispatch.default_output_tokens),
+        workflows=Workflows(settings.workflow, store),
+        cache=build_cache(reuse),
+        coalescer=Coalescer(reuse.coalesce_window_bytes) if reuse.coalesce else None,
+        keyring=Keyring(settings.auth),
+        background=background,
+    )
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The ASGI application; `app.state.services` is there once it has started."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = app.state.services = build_services(settings)
+        _mount(app, services)
+        for spec in settings.workers:
+            services.pool.add(spec)
+        if services.keyring.open:
+            log.warning("no API key is configured: everybody who can reach this address may call")
+        services.background.start(_tick(services))
+        try:
+            yield
+        finally:
+            await _close(services)
+
+    app = FastAPI(
+        title="helium-proxy",
+        version=__version__,
+        description="OpenAI-compatible proxy that schedules agent workflows on vLLM workers.",
+        lifespan=lifespan,
+        docs_url="/helium/docs",
+        redoc_url=None,
+        openapi_url="/helium/openapi.json",
+    )
+    app.add_exception_handler(HeliumError, _helium_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    return app
+
+
+def _mount(app: FastAPI, services: Services) -> None:
+    llm = LlmRoutes(services)
+    routes = app.router.routes
+    # The routes of every call come first: they are matched in order.
+    routes[:0] = [Route(path, Endpoint(llm.planned), methods=["POST"]) for path in sorted(PLANNED)]
+    app.include_router(model_routes(services))
+    app.include_router(admin_routes(services))
+    routes.extend(ui_routes())
+    for path in ("/v1/{rest:path}", "/tokenize", "/detokenize", "/rerank", "/score", "/v2/rerank", "/pooling"):
+        routes.append(Route(path, Endpoint(llm.direct)))
+
+
+async def _tick(services: Services) -> None:
+    """Once a second: runs that have ended, and the gauges."""
+    while True:
+        await asyncio.sleep(_TICK_S)
+        try:
+            for end in services.workflows.tick(services.clock()):
+                workflow = metrics.bounded("workflow", end.workflow)
+                metrics.RUNS.labels(workflow, end.reason).inc()
+                metrics.MAKESPAN.labels(workflow).observe(end.seconds)
+            _gauges(services)
+        except Exception:
+            log.exception("housekeeping failed")
+
+
+def _gauges(services: Services) -> None:
+    metrics.RUNS_LIVE.set(services.workflows.statistics().runs_live)
+    state = services.dispatcher.state
+    for model in services.pool.models():
+        queue = state.queues.get(model)
+        metrics.QUEUED.labels(metrics.bounded("model", model)).set(len(queue) if queue else 0)
+    for worker in services.pool:
+        known = state.workers.get(worker.id)
+        if known is None:
+            continue
+        held, rates = known.residency.statistics(), known.rates.statistics()
+        metrics.WORKER_RUNNING.labels(worker.id).set(len(known.running))
+        metrics.WORKER_RESIDENT.labels(worker.id).set(held.referenced + held.free)
+        metrics.WORKER_BLOCKS.labels(worker.id).set(known.capacity or 0)
+        metrics.WORKER_PINNED.labels(worker.id).set(worker.facts.pinned_blocks or held.pinned)
+        metrics.WORKER_PIN_BUDGET.labels(worker.id).set(worker.facts.pin_budget_blocks or 0)
+        metrics.WORKER_PREFILL_RATE.labels(worker.id).set(rates.prefill)
+        metrics.WORKER_DECODE_RATE.labels(worker.id).set(rates.decode)
+
+
+async def _close(services: Services) -> None:
+    await services.background.close()
+    if services.coalescer is not None:
+        await services.coalescer.aclose()
+    await services.pool.close()
+    if services.cache is not None:
+        await services.cache.close()
+    services.workflows.close()
+    await services.client.close()
+
+
+# -- errors of the FastAPI routes, in OpenAI's form (the call path has its own)
+
+
+async def _helium_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HeliumError)
+    metrics.ERRORS.labels(error.code or error.type).inc()
+    return JSONResponse(error.body(), error.status, headers=error.headers())
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problem: dict[str, Any] = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"][1:]) or None
+    return await _helium_error(request, InvalidRequest(f"{where or 'request'}: {problem['msg']}", param=where))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return await _helium_error(request, NotFound(f"no route {request.method} {request.url.path}"))
+    if error.status_code == 401:
+        return await _helium_error(request, Unauthorized(str(error.detail)))
+    body = {"error": {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}}
+    return JSONResponse(body, error.status_code, headers=error.headers)

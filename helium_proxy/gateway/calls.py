@@ -1,0 +1,152 @@
+"""A call answered: from the prompt cache, by an equal call in flight, or by a worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import orjson
+
+from helium_proxy import metrics
+from helium_proxy.errors import CacheMiss
+from helium_proxy.gateway.compute import Computer, report
+from helium_proxy.gateway.http import RawHeaders, relayed
+from helium_proxy.gateway.replies import Reply, read_reply
+from helium_proxy.gateway.services import Services
+from helium_proxy.gateway.ticket import Ticket
+from helium_proxy.reuse import Answer, Entry, Seat, StreamRenamer, as_json, as_sse, retell
+
+CacheResult = Literal["hit", "coalesced", "miss", "bypass"]
+
+
+@dataclass(slots=True)
+class Served:
+    """An answer on its way to the client. `close` must be called, whatever happened to the chunks."""
+
+    status: int
+    headers: RawHeaders
+    chunks: AsyncIterator[bytes]
+    stream: bool
+    cache: CacheResult
+    age_s: float | None
+    close: Callable[[], None]
+
+
+class Calls:
+    """Answers calls; the one way for live calls, plans and batches alike."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._computer = Computer(services)
+
+    async def serve(self, ticket: Ticket) -> Served:
+        """Raises HeliumError; CacheMiss when the client wants nothing but a cached answer and there is none."""
+        if ticket.key is not None and ticket.control.may_read:
+            entry = await self._cached(ticket, ticket.key)
+            if entry is not None:
+                return self._hit(ticket, entry)
+        elif ticket.key is not None:
+            metrics.CACHE_REQUESTS.labels("bypass").inc()
+        if ticket.control.only_if_cached:
+            raise CacheMiss("nothing is cached for this request")
+        if ticket.key is not None and self._services.coalescer is not None and ticket.control.may_join:
+            return await self._shared(ticket, ticket.key)
+        answer = await self._computer.open(ticket)
+        return self._alone(ticket, answer)
+
+    async def _cached(self, ticket: Ticket, key: bytes) -> Entry | None:
+        cache = self._services.cache
+        if cache is None:
+            return None
+        now, oldest = self._services.wall(), ticket.control.max_age
+        return cache.peek(key, now, oldest) or await cache.get(key, now, oldest)
+
+    def _hit(self, ticket: Ticket, entry: Entry) -> Served:
+        services, request = self._services, ticket.request
+        now = services.wall()
+        ticket.planned_at = ticket.head_at = services.clock()
+        if ticket.stream:
+            pieces = as_sse(entry, request.id, now, ticket.wants_usage, request.body)
+            kind = b"text/event-stream; charset=utf-8"
+        else:
+            pieces = [as_json(entry, request.id, now, request.body)]
+            kind = b"application/json"
+        report(services, ticket, "hit", read_reply({**orjson.loads(entry.body), "id": request.id}))
+        return Served(200, [(b"content-type", kind)], _pieces(pieces), ticket.stream, "hit", entry.age(now), _nothing)
+
+    async def _shared(self, ticket: Ticket, key: bytes) -> Served:
+        """As the leader of a new call, or in the seat of a follower of one that is under way."""
+        coalescer = self._services.coalescer
+        assert coalescer is not None
+        seat = coalescer.join(key, partial(self._computer.open, ticket))
+        try:
+            head = await seat.head()
+        except BaseException:
+            seat.leave()
+            raise
+        headers = relayed(head.headers.items())
+        from_stream = head.headers.get("content-type", "").startswith("text/event-stream")
+        result: CacheResult = "miss" if seat.leads else "coalesced"
+        if ticket.head_at is None:
+            ticket.planned_at = ticket.head_at = self._services.clock()
+        chunks: AsyncIterator[bytes] = seat.__aiter__()
+        to_stream = from_stream
+        if head.status == 200:
+            to_stream = ticket.stream
+            chunks = retell(
+                chunks,
+                route=ticket.request.route,
+                from_stream=from_stream,
+                to_stream=to_stream,
+                new_id=ticket.request.id,
+                include_usage=ticket.wants_usage,
+                request=ticket.request.body,
+            )
+            if from_stream != to_stream:
+                kind = b"text/event-stream; charset=utf-8" if to_stream else b"application/json"
+                headers = [(k, v) for k, v in headers if k != b"content-type"] + [(b"content-type", kind)]
+        return Served(head.status, headers, self._followed(ticket, seat, chunks), to_stream, result, None, seat.leave)
+
+    async def _followed(self, ticket: Ticket, seat: Seat, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """`chunks`, and at their end the bookkeeping of a call that joined another (a leader's is done already)."""
+        async for chunk in chunks:
+            yield chunk
+        if not seat.leads and ticket.key is not None:
+            known = self._computer.replies.get(ticket.key, Reply())
+            report(self._services, ticket, "coalesced", known)
+
+    def _alone(self, ticket: Ticket, answer: Answer) -> Served:
+        chunks = answer.chunks
+        stream = answer.headers.get("content-type", "").startswith("text/event-stream")
+        if stream and ticket.adds_usage:
+            chunks = _without_usage(chunks, ticket)
+        return Served(
+            answer.status,
+            relayed(answer.headers.items()),
+            chunks,
+            stream,
+            "bypass",
+            None,
+            answer.close or _nothing,
+        )
+
+
+async def _without_usage(chunks: AsyncIterator[bytes], ticket: Ticket) -> AsyncIterator[bytes]:
+    """The stream without the usage chunk that was asked for in the client's stead."""
+    filtering = StreamRenamer(ticket.request.route, ticket.request.id, include_usage=False)
+    async for chunk in chunks:
+        if out := filtering.feed(chunk):
+            yield out
+    if rest := filtering.rest:
+        yield rest
+
+
+async def _pieces(pieces: list[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
+def _nothing() -> None:
+    pass

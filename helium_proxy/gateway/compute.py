@@ -1,0 +1,378 @@
+"""Having a call computed: estimated, queued, sent to the worker it is assigned to, elsewhere if that fails before the
+first byte; and, when it is over, everybody told what really happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+import structlog
+
+from helium_proxy import metrics
+from helium_proxy.dispatch.state import Assignment, QueuedCall
+from helium_proxy.errors import HeliumError, NoWorker, UpstreamFailed
+from helium_proxy.gateway.replies import Reply, read_reply
+from helium_proxy.gateway.services import Services
+from helium_proxy.gateway.ticket import Ticket, payload
+from helium_proxy.reuse import Answer, StreamAssembler, make_entry
+from helium_proxy.types import Fate, Outcome
+from helium_proxy.workers.upstream import SendFailed, Upstream
+from helium_proxy.workers.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+_RETRIED = frozenset({500, 502, 503, 504})
+_BUDGET_CALLS = 200
+"""The retry budget is a share of the last so many calls, and never below `_BUDGET_FLOOR`."""
+_BUDGET_FLOOR = 10
+
+
+class RetryBudget:
+    """Bounds retries of error answers to a share of recent calls, so that an overloaded fleet is not loaded more."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        # -- state
+        self._recent: deque[int] = deque(maxlen=_BUDGET_CALLS)  # retries spent by each recent call
+        self._spent = 0
+
+    def call(self) -> None:
+        if len(self._recent) == _BUDGET_CALLS:
+            self._spent -= self._recent[0]
+        self._recent.append(0)
+
+    def spend(self) -> bool:
+        if self._spent >= max(_BUDGET_FLOOR, self._share * len(self._recent)):
+            return False
+        self._spent += 1
+        if self._recent:
+            self._recent[-1] += 1
+        return True
+
+
+class Computer:
+    """Has calls computed by workers."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        # -- state
+        self._budget = RetryBudget(services.settings.pool.retry_budget)
+        self.replies: dict[bytes, Reply] = {}  # by reuse key, the newest 1,024: what followers' calls came to
+
+    async def open(self, ticket: Ticket) -> Answer:
+        """The worker's answer, its first byte in hand. Raises HeliumError when no worker gives one.
+
+        May be cancelled at any await: the engine's request is then aborted and the slot given back.
+        """
+        services, settings = self._services, self._services.settings.pool
+        self._budget.call()
+        call = await services.estimator.estimate(
+            ticket.request, ticket.hints, now=ticket.arrived_at, salt=ticket.salt, prefer=ticket.prefer
+        )
+        ticket.planned_at = services.clock()
+        failure: HeliumError | None = None
+        while True:
+            try:
+                assignment = await services.dispatcher.acquire(call)
+            except NoWorker:
+                if failure is not None:
+                    raise failure from None
+                raise
+            worker = services.pool.get(assignment.worker)
+            if worker is None:  # removed between decision and now
+                services.dispatcher.release(assignment, ok=False)
+                call.exclude |= {assignment.worker}
+                continue
+            ticket.attempts += 1
+            exchange = _Exchange(self, ticket, call, assignment, worker)
+            try:
+                answer = await exchange.open()
+            except SendFailed as error:
+                failure = UpstreamFailed(f"worker {worker.id} gave no answer ({error.kind})")
+                reason, free = error.kind, error.kind != "timeout"
+            else:
+                if answer.status not in _RETRIED or not self._may_retry(ticket, call, worker):
+                    return answer
+                reason, free = f"status {answer.status}", False
+                if ticket.attempts >= settings.max_attempts or not self._budget.spend():
+                    return answer
+                await _discard(answer)
+            if ticket.attempts >= settings.max_attempts or (reason == "timeout" and not self._budget.spend()):
+                raise failure or UpstreamFailed("no worker answered")
+            metrics.RETRIES.labels(reason).inc()
+            log.info("retry", call=call.id, worker=worker.id, reason=reason)
+            call = _again(call, worker.id)
+            if not free:
+                pause = settings.retry_backoff_s * 2 ** (ticket.attempts - 1)
+                await asyncio.sleep(random.uniform(0, pause))
+
+    def _may_retry(self, ticket: Ticket, call: QueuedCall, worker: Worker) -> bool:
+        """Whether an error answer may be asked for elsewhere: someone else serves the model, and no state of the
+        client's lives on this worker alone."""
+        others = [w for w in self._services.dispatcher.state.serving(call.model) if w.open and w.id != worker.id]
+        return bool(others) and ticket.prefer is None
+
+    async def keep(self, ticket: Ticket, answer: dict[str, Any], reply: Reply) -> None:
+        """Remembers a complete answer for those who ask the same."""
+        key, services = ticket.key, self._services
+        if key is None:
+            return
+        self.replies[key] = reply
+        while len(self.replies) > 1024:
+            del self.replies[next(iter(self.replies))]
+        if services.cache is not None and ticket.control.may_store:
+            request = ticket.request
+            entry = make_entry(
+                answer,
+                route=request.route,
+                tenant=request.tenant,
+                model=request.model,
+                workflow=ticket.workflow,
+                now=services.wall(),
+            )
+            if entry is not None:
+                await services.cache.put(key, entry)
+
+
+class _Exchange:
+    """One send of a call, from assignment to the last byte. Whatever happens, `_close` runs once."""
+
+    def __init__(
+        self, computer: Computer, ticket: Ticket, call: QueuedCall, assignment: Assignment, worker: Worker
+    ) -> None:
+        self._computer = computer
+        self._services = computer._services
+        self._ticket = ticket
+        self._call = call
+        self._assignment = assignment
+        self._worker = worker
+        # -- state
+        self._upstream: Upstream | None = None
+        self._closed = False
+
+    async def open(self) -> Answer:
+        services, ticket, worker = self._services, self._ticket, self._worker
+        now = services.clock()
+        ticket.worker = worker.id
+        ticket.started_at = now
+        worker.breaker.sent(now)
+        worker.inflight += 1
+        if ticket.arrival is not None:
+            services.workflows.started(ticket.arrival.call, worker.id, now)
+        try:
+            upstream = self._upstream = await services.client.send(
+                worker, "POST", ticket.path, headers=ticket.headers, body=payload(ticket, self._additions())
+            )
+            stream = upstream.headers.get("content-type", "").startswith("text/event-stream")
+            if stream:
+                chunks = upstream.chunks()
+                first = await anext(chunks, b"")
+                ticket.head_at = services.clock()
+                services.pool.note(worker, None)
+                return Answer(upstream.status, upstream.headers, self._relay(first, chunks), self._abandon)
+            body = await upstream.read()
+        except SendFailed as error:
+            services.pool.note(worker, error)
+            self._close(ok=False)
+            raise
+        except BaseException:
+            self._close(ok=False)
+            raise
+        ticket.head_at = services.clock()
+        services.pool.note(worker, None if upstream.status < 500 else SendFailed("timeout", f"{upstream.status}"))
+        await self._finish_whole(upstream.status, body)
+        return Answer(upstream.status, upstream.headers, _once(body))
+
+    def _additions(self) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        if self._worker.facts.has_priority:
+            fields["priority"] = self._assignment.engine_priority
+        if self._ticket.salt:
+            fields["cache_salt"] = self._ticket.salt
+        return fields
+
+    async def _finish_whole(self, status: int, body: bytes) -> None:
+        if status != 200:
+            self._close(ok=False)
+            return
+        try:
+            answer = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            answer = None
+        reply = read_reply(answer)
+        if isinstance(answer, dict):
+            await self._computer.keep(self._ticket, answer, reply)
+        self._close(ok=True, reply=reply)
+
+    async def _relay(self, first: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The stream's bytes, each passed on before it is looked at."""
+        ticket = self._ticket
+        assembler = StreamAssembler(ticket.request.route)
+        try:
+            chunk = first
+            while chunk:
+                yield chunk
+                assembler.feed(chunk)
+                chunk = await anext(chunks, b"")
+        except SendFailed as error:
+            self._services.pool.note(self._worker, error)
+            self._close(ok=False)
+            raise UpstreamFailed(f"worker {self._worker.id} broke off ({error.kind})") from error
+        except BaseException:
+            self._close(ok=False)
+            raise
+        answer = assembler.result()
+        if answer is None:
+            self._close(ok=True, reply=Reply(text=assembler.text or None))
+            return
+        reply = read_reply(answer)
+        await self._computer.keep(ticket, answer, reply)
+        self._close(ok=True, reply=reply)
+
+    def _abandon(self) -> None:
+        """The answer was given up, perhaps before it was read at all."""
+        self._close(ok=False)
+
+    def _close(self, *, ok: bool, reply: Reply | None = None) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._upstream is not None:
+            self._upstream.close()
+        self._worker.inflight -= 1
+        services, ticket, assignment = self._services, self._ticket, self._assignment
+        reply = reply or Reply()
+        computed = None
+        if reply.prompt_tokens is not None:
+            computed = reply.prompt_tokens - (reply.cached_tokens or 0)
+        services.dispatcher.release(
+            assignment,
+            ok=ok,
+            computed_tokens=computed,
+            cached_tokens=reply.cached_tokens,
+            output_tokens=reply.output_tokens,
+        )
+        now = services.clock()
+        started = ticket.started_at or now
+        if ok:
+            if reply.prompt_tokens is not None:
+                services.estimator.measured(self._call, ticket.request, reply.prompt_tokens)
+            if reply.id is not None and ticket.request.route == "/v1/responses":
+                services.note_owner(reply.id, self._worker.id)
+            compare(assignment, reply, now - started)
+            metrics.UPSTREAM_SECONDS.labels(self._worker.id).observe(now - started)
+            metrics.QUEUE_SECONDS.labels(metrics.bounded("model", self._call.model)).observe(
+                max(0.0, started - ticket.planned_at)
+            )
+            report(services, ticket, "computed", reply, predicted=assignment.cached_tokens)
+
+
+def compare(assignment: Assignment, reply: Reply, took_s: float) -> None:
+    """Every prediction beside what happened, in metrics."""
+    if reply.cached_tokens is not None:
+        metrics.PREDICTED_CACHED.labels(assignment.worker).inc(assignment.cached_tokens)
+        metrics.ACTUAL_CACHED.labels(assignment.worker).inc(reply.cached_tokens)
+        metrics.CACHED_ERROR.observe(abs(assignment.cached_tokens - reply.cached_tokens))
+    if reply.output_tokens:
+        metrics.OUTPUT_RATIO.observe(assignment.call.output_tokens / reply.output_tokens)
+    if took_s > 0:
+        metrics.FINISH_RATIO.observe(assignment.predicted_s / took_s)
+
+
+def report(
+    services: Services,
+    ticket: Ticket,
+    fate: Fate,
+    reply: Reply,
+    *,
+    status: int = 200,
+    predicted: int | None = None,
+) -> None:
+    """A call is over: the workflow room and the metrics are told. Never raises."""
+    now = services.clock()
+    try:
+        if ticket.arrival is not None:
+            services.workflows.finished(
+                ticket.arrival.call,
+                Outcome(
+                    fate=fate,
+                    worker=ticket.worker,
+                    status=status,
+                    prompt_tokens=reply.prompt_tokens,
+                    cached_tokens=reply.cached_tokens,
+                    predicted_cached_tokens=predicted,
+                    output_tokens=reply.output_tokens,
+                    queued_at=ticket.arrived_at,
+                    started_at=ticket.started_at,
+                    first_token_at=ticket.head_at,
+                    finished_at=now,
+                    reply_text=reply.text,
+                    reply_tool_calls=reply.tool_calls,
+                    reply_id=reply.id,
+                ),
+                now,
+            )
+    except Exception:
+        log.exception("workflow bookkeeping failed")
+        metrics.FAIL_OPEN.labels("workflow").inc()
+    count(services, ticket, fate, reply, now)
+
+
+def count(services: Services, ticket: Ticket, fate: Fate, reply: Reply, now: float) -> None:
+    """The metrics of one call."""
+    workflow, node = metrics.bounded("workflow", ticket.workflow), metrics.bounded("node", ticket.node)
+    model = metrics.bounded("model", ticket.request.model)
+    metrics.CALLS.labels(workflow, node, model, fate).inc()
+    metrics.CALL_SECONDS.labels(model).observe(now - ticket.arrived_at)
+    prompt, output, cached = reply.prompt_tokens or 0, reply.output_tokens or 0, reply.cached_tokens or 0
+    if fate == "error" or not prompt:
+        return
+    rates = next((w.rates for w in services.dispatcher.state.serving(ticket.request.model)), None)
+    tokens = metrics.PROMPT_TOKENS
+    if fate == "computed":
+        tokens.labels(workflow, node, "computed").inc(max(0, prompt - cached))
+        metrics.OUTPUT_TOKENS.labels(workflow, node, "computed").inc(output)
+        if cached:
+            tokens.labels(workflow, node, "kv_hit").inc(cached)
+            if rates is not None:
+                metrics.SAVED_SECONDS.labels(workflow, "kv_hit").inc(rates.work(cached, 0))
+        return
+    by = "prompt_cache" if fate == "hit" else "coalesced"
+    tokens.labels(workflow, node, by).inc(prompt)
+    metrics.OUTPUT_TOKENS.labels(workflow, node, by).inc(output)
+    if rates is not None:
+        metrics.SAVED_SECONDS.labels(workflow, by).inc(rates.work(prompt, output))
+
+
+def _again(call: QueuedCall, failed: str) -> QueuedCall:
+    """The same call for another try, anywhere but at `failed`."""
+    return QueuedCall(
+        id=call.id,
+        model=call.model,
+        tenant=call.tenant,
+        chain=call.chain,
+        block_size=call.block_size,
+        prompt_tokens=call.prompt_tokens,
+        output_tokens=call.output_tokens,
+        arrived_at=call.arrived_at,
+        hints=call.hints,
+        prefer=None,
+        exclude=call.exclude | {failed},
+    )
+
+
+async def _once(body: bytes) -> AsyncIterator[bytes]:
+    yield body
+
+
+async def _discard(answer: Answer) -> None:
+    aclose = getattr(answer.chunks, "aclose", None)
+    if aclose is not None:
+        await aclose()
+    if answer.close is not None:
+        answer.close()

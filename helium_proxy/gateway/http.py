@@ -1,0 +1,126 @@
+"""The HTTP side of a call, straight on ASGI: reading a bounded body, writing answers and streams, noticing that the
+client has gone.
+
+Starlette's own request and response objects are left aside on this path only: they cost more per chunk than the
+whole relay, and its streaming response holds no event back only by accident of buffering.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
+
+import orjson
+from starlette.types import Message, Receive, Scope, Send
+
+from helium_proxy import metrics
+from helium_proxy.errors import BodyTooLarge, ClientGone, HeliumError
+
+RawHeaders = list[tuple[bytes, bytes]]
+
+# Of an upstream's headers, what is not the client's business or is set anew.
+_NOT_RELAYED = frozenset(
+    {"connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te", "content-length", "date", "server"}
+)
+
+
+def header_map(scope: Scope) -> dict[str, str]:
+    """Request headers, names in lower case; repeated ones joined as RFC 9110 allows."""
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in scope["headers"]:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+async def read_body(headers: dict[str, str], receive: Receive, limit: int) -> bytes:
+    """The request's body. Raises BodyTooLarge beyond `limit` bytes, ClientGone when it does not arrive whole."""
+    announced = headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise BodyTooLarge(f"the body is larger than {limit} bytes")
+    first = await receive()
+    if first["type"] == "http.disconnect":
+        raise ClientGone("the client left before its request was complete")
+    body: bytes = first.get("body", b"")
+    if not first.get("more_body"):
+        if len(body) > limit:
+            raise BodyTooLarge(f"the body is larger than {limit} bytes")
+        return body
+    parts = [body]
+    size = len(body)
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client left before its request was complete")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise BodyTooLarge(f"the body is larger than {limit} bytes")
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def relayed(headers: Iterable[tuple[str, str]]) -> RawHeaders:
+    """An upstream's headers as the client gets them."""
+    return [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in headers if k.lower() not in _NOT_RELAYED]
+
+
+async def send_whole(send: Send, status: int, headers: RawHeaders, body: bytes) -> None:
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [*headers, (b"content-length", str(len(body)).encode())],
+        }
+    )
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_json(send: Send, status: int, value: Any, headers: RawHeaders | None = None) -> None:
+    await send_whole(send, status, [(b"content-type", b"application/json"), *(headers or [])], orjson.dumps(value))
+
+
+async def send_error(send: Send, error: HeliumError, headers: RawHeaders | None = None) -> None:
+    metrics.ERRORS.labels(error.code or error.type).inc()
+    extra = [(k.encode(), v.encode()) for k, v in error.headers().items()]
+    await send_json(send, error.status, error.body(), [*(headers or []), *extra])
+
+
+async def send_stream(send: Send, status: int, headers: RawHeaders, chunks: AsyncIterator[bytes]) -> None:
+    """Relays `chunks`, each as it comes. The head goes out with the first of them."""
+    started = False
+    async for chunk in chunks:
+        if not started:
+            started = True
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    if not started:
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def while_connected(receive: Receive, work: Callable[[], Awaitable[object]]) -> None:
+    """Runs `work` and cancels it as soon as the client goes away. Raises ClientGone in that case."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        message: Message = await receive()
+        while message["type"] != "http.disconnect":
+            message = await receive()
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        await work()
+    except asyncio.CancelledError:
+        if gone and task.uncancel() == 0:
+            metrics.DISCONNECTS.inc()
+            raise ClientGone("the client left") from None
+        raise
+    finally:
+        watcher.cancel()

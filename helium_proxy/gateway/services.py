@@ -1,0 +1,73 @@
+"""What the gateway works with, put together once at start."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from helium_proxy.config import Settings
+from helium_proxy.dispatch.dispatcher import Dispatcher
+from helium_proxy.gateway.auth import Keyring
+from helium_proxy.planner.estimate import Estimator
+from helium_proxy.residency.registry import Tokenizers
+from helium_proxy.reuse import Coalescer, PromptCache
+from helium_proxy.workers.pool import Pool
+from helium_proxy.workers.upstream import UpstreamClient
+from helium_proxy.workflow import Workflows
+
+
+class Background:
+    """Tasks nobody waits for, held so that they are not collected, and cancelled at the end."""
+
+    def __init__(self) -> None:
+        # -- state
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(slots=True)
+class Services:
+    """One of each."""
+
+    settings: Settings
+    clock: Callable[[], float]
+    """Monotonic seconds."""
+    wall: Callable[[], float]
+    """Unix seconds."""
+    client: UpstreamClient
+    pool: Pool
+    dispatcher: Dispatcher
+    tokenizers: Tokenizers
+    estimator: Estimator
+    workflows: Workflows
+    cache: PromptCache | None
+    coalescer: Coalescer | None
+    keyring: Keyring
+    background: Background
+    # -- state
+    in_flight: int = 0
+    """Requests being answered."""
+    stopping: bool = False
+    """Asked to end: `/ready` fails, calls are still taken."""
+    draining: bool = False
+    """New calls are refused, those in flight are finished."""
+    owners: dict[str, str] = field(default_factory=dict)
+    """Stored response id → the worker that has it; bounded by `note_owner`."""
+
+    def note_owner(self, response: str, worker: str) -> None:
+        self.owners.pop(response, None)
+        self.owners[response] = worker
+        while len(self.owners) > 100_000:
+            del self.owners[next(iter(self.owners))]

@@ -1,0 +1,102 @@
+"""One call on its way through the proxy: what was asked, by whom, and what happened when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from helium_proxy.reuse import CacheControl
+from helium_proxy.types import Arrival, CallRequest, Hints
+from helium_proxy.workflow import strip_tags
+
+_USAGE_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions"})
+_USAGE = b'"stream_options":{"include_usage":true}'
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A call and its notes. Times are seconds on the monotonic clock."""
+
+    request: CallRequest
+    raw: bytes
+    """The body as it came."""
+    path: str
+    """The path with its query, as it is sent on."""
+    headers: Mapping[str, str]
+    """What is sent to the worker, apart from its own key."""
+    arrived_at: float
+    arrival: Arrival | None = None
+    hints: Hints = field(default_factory=Hints)
+    prefer: str | None = None
+    control: CacheControl = field(default_factory=CacheControl)
+    key: bytes | None = None
+    """In the prompt cache and among calls in flight; None: not deterministic, or not to be reused."""
+    salt: str = ""
+    """The tenant's `cache_salt`; empty: blocks are shared."""
+    # -- notes
+    planned_at: float = 0.0
+    started_at: float | None = None
+    """When it was sent to its worker."""
+    head_at: float | None = None
+    """When the first byte of the answer came."""
+    worker: str | None = None
+    attempts: int = 0
+
+    @property
+    def stream(self) -> bool:
+        return self.request.body.get("stream") is True
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the client asked for the usage chunk of a stream."""
+        options = self.request.body.get("stream_options")
+        return isinstance(options, dict) and options.get("include_usage") is True
+
+    @property
+    def adds_usage(self) -> bool:
+        """Whether we ask for it in the client's stead, and leave the chunk out again."""
+        return self.stream and not self.wants_usage and self.request.route in _USAGE_ROUTES
+
+    @property
+    def node(self) -> str:
+        return self.arrival.node.split("#", 1)[0] if self.arrival else "none"
+
+    @property
+    def workflow(self) -> str:
+        return self.arrival.workflow if self.arrival else "none"
+
+
+def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
+    """The body for the worker: the client's without Helium's own fields, with `additions` (top-level fields; a
+    client's field of the same name stays, but objects are merged).
+
+    Where nothing has to go, additions are spliced into the bytes as they came, so that every number and every
+    escape reaches the engine as the client wrote it.
+    """
+    body, stripped = strip_tags(ticket.request.body)
+    new = {name: value for name, value in additions.items() if name not in body}
+    merged = {
+        name: {**body[name], **value}
+        for name, value in additions.items()
+        if isinstance(value, dict) and isinstance(body.get(name), dict)
+    }
+    usage = ticket.adds_usage
+    if usage and "stream_options" in body:
+        options = body["stream_options"]
+        merged["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
+        usage = False
+    if stripped or merged:
+        if usage:
+            new["stream_options"] = {"include_usage": True}
+        return orjson.dumps({**body, **merged, **new})
+    parts = [orjson.dumps(new)[1:-1]] if new else []
+    if usage:
+        parts.append(_USAGE)
+    if not parts:
+        return ticket.raw
+    head, brace, rest = ticket.raw.partition(b"{")
+    comma = b"," if body else b""
+    return head + brace + b",".join(parts) + comma + rest

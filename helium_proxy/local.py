@@ -1,0 +1,62 @@
+"""Embedded engines as processes beside the proxy: the default workers where none is configured."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import click
+
+from helium_proxy.config import Settings
+from helium_proxy.workers.settings import WorkerSpec
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def engines(count: int, *, model: str, profile: str, extra: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    """Starts embedded engines and yields their URLs; they end with the block. They may take a second to answer."""
+    processes: list[subprocess.Popen[bytes]] = []
+    urls: list[str] = []
+    try:
+        for _ in range(count):
+            port = free_port()
+            command = [sys.executable, "-m", "helium_proxy.engine", "--port", str(port), "--model", model]
+            # A new session, so that Ctrl-C in the terminal reaches the proxy alone, which drains first.
+            processes.append(subprocess.Popen([*command, "--profile", profile, *extra], start_new_session=True))
+            urls.append(f"http://127.0.0.1:{port}")
+        yield urls
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@contextlib.contextmanager
+def embedded_workers(settings: Settings) -> Iterator[Settings]:
+    """`settings` as they are if they name workers, else with embedded engines started for them."""
+    wanted = settings.engine
+    if settings.workers or not wanted.count:
+        yield settings
+        return
+    click.echo(
+        f"no worker is configured: starting {wanted.count} embedded engines (model {wanted.model!r}, "
+        f"profile {wanted.profile}); their answers are made up",
+        err=True,
+    )
+    extra = ("--scheduling-policy", "priority")
+    with engines(wanted.count, model=wanted.model, profile=wanted.profile, extra=extra) as urls:
+        yield settings.model_copy(update={"workers": [WorkerSpec(url=url) for url in urls]})

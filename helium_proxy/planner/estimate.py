@@ -1,0 +1,86 @@
+"""A live call as the dispatcher wants it: its prompt as a chain of blocks, and how much it is expected to cost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from helium_proxy import metrics
+from helium_proxy.dispatch.state import QueuedCall
+from helium_proxy.residency.chain import text_chain, token_chain
+from helium_proxy.residency.registry import Tokenizers
+from helium_proxy.residency.tokens import CannotTokenize, prompt_pieces
+from helium_proxy.types import CallRequest, Hints
+
+_INLINE_CHARS = 8_192
+"""Prompts up to this length are encoded on the event loop; longer ones in a thread (the encoder lets go of the lock)."""
+
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+
+
+class Estimator:
+    """Turns requests into `QueuedCall`s. Never raises on a client's input: what cannot be tokenized is hashed as
+    text, what has no prompt gets an empty chain."""
+
+    def __init__(self, tokenizers: Tokenizers, *, default_output_tokens: int) -> None:
+        self._tokenizers = tokenizers
+        self._default_output = default_output_tokens
+
+    async def estimate(
+        self, request: CallRequest, hints: Hints, *, now: float, salt: str = "", prefer: str | None = None
+    ) -> QueuedCall:
+        """`salt` separates prompts that must not share blocks (the tenant's, where tenants are isolated)."""
+        model, body = request.model, request.body
+        size = self._tokenizers.block_size(model)
+        salt = f"{model}\x1f{salt or body.get('cache_salt') or ''}"
+        chain: tuple[int, ...] = ()
+        prompt_tokens = 0
+        pieces = prompt_pieces(request.route, body)
+        if pieces:
+            tokenizer = self._tokenizers.get(model)
+            if tokenizer is not None:
+                try:
+                    if sum(map(len, pieces)) > _INLINE_CHARS:
+                        tokens = await asyncio.to_thread(tokenizer.request, request.route, body)
+                    else:
+                        tokens = tokenizer.request(request.route, body)
+                    chain, prompt_tokens = token_chain(tokens, size, salt), len(tokens)
+                except CannotTokenize:
+                    pass
+                except Exception:
+                    metrics.FAIL_OPEN.labels("tokenizer").inc()
+            if not prompt_tokens:
+                per_token = self._tokenizers.chars_per_token(model)
+                prompt_tokens = max(1, int(sum(map(len, pieces)) / per_token))
+                chain = text_chain(pieces, max(1, int(size * per_token)), salt)[: prompt_tokens // size]
+        return QueuedCall(
+            id=request.id,
+            model=model,
+            tenant=request.tenant,
+            chain=chain,
+            block_size=size,
+            prompt_tokens=prompt_tokens,
+            output_tokens=expected_output(body, hints, self._default_output),
+            arrived_at=now,
+            hints=hints,
+            prefer=prefer,
+        )
+
+    def measured(self, call: QueuedCall, request: CallRequest, prompt_tokens: int) -> None:
+        """What the worker counted: corrects the characters per token of the text fallback."""
+        if self._tokenizers.get(call.model) is None and prompt_tokens > 32:
+            chars = sum(map(len, prompt_pieces(request.route, request.body)))
+            self._tokenizers.calibrate(call.model, chars / prompt_tokens)
+
+
+def expected_output(body: Mapping[str, Any], hints: Hints, default: int) -> float:
+    """Expected output tokens: the asked-for length where it is forced, else the node's profile, else a default; never
+    more than the client's limit."""
+    limit = next((body[f] for f in _LIMITS if isinstance(body.get(f), int) and body[f] > 0), None)
+    choices = body.get("n") if isinstance(body.get("n"), int) else 1
+    choices = max(1, min(128, choices or 1))
+    if limit is not None and (body.get("ignore_eos") is True or body.get("min_tokens") == limit):
+        return float(limit * choices)
+    expected = hints.output_tokens if hints.output_tokens is not None else float(default)
+    return (min(expected, float(limit)) if limit is not None else expected) * choices

@@ -1,0 +1,64 @@
+"""What a submitted plan tells the dispatcher about each of its calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from helium_proxy.planner.pipeline import PhysicalPlan
+from helium_proxy.types import Hints
+
+
+class PlanHints:
+    """What the plan knows of each operator, exactly, where a live run's template only guesses."""
+
+    def __init__(self, plan: PhysicalPlan, run_seq: int) -> None:
+        self.plan = plan
+        self.run_seq = run_seq
+        operators, tree = plan.graph.operators, plan.tree
+        consumers = plan.graph.consumers()
+        # The longest chain behind each operator: (output tokens, prompt tokens, calls).
+        self._path: dict[int, tuple[float, float, int]] = {}
+        self._descends: dict[int, int] = {}
+        for id_ in reversed(list(tree.paths)):
+            best = (0.0, 0.0, 0)
+            for consumer in consumers[id_]:
+                output, prompt, calls = self._path[consumer]
+                best = max(best, (output + tree.lengths[consumer], prompt + tree.prompts[consumer], calls + 1))
+            self._path[id_] = best
+        self._descends = _count_descendants(consumers, list(tree.paths))
+        # Mutable: how many operators with the same inputs have not started yet.
+        self._family = {id_: operators[id_].deps or (-1 - operators[id_].row,) for id_ in tree.paths}
+        self._to_come = Counter(self._family.values())
+
+    def started(self, id_: int) -> Hints:
+        """The hints of an operator that starts now; its siblings to come are those with the same inputs."""
+        tree = self.plan.tree
+        output, prompt, calls = self._path[id_]
+        self._to_come[self._family[id_]] -= 1
+        return Hints(
+            output_tokens=tree.lengths[id_],
+            output_samples=1,
+            path_calls=calls,
+            path_output_tokens=output,
+            path_prompt_tokens=prompt,
+            siblings_to_come=self._to_come[self._family[id_]],
+            descends=self._descends[id_],
+            static_messages=self.plan.graph.operators[id_].template.static_messages,
+            run_seq=self.run_seq,
+            plan_rank=self.plan.rank[id_],
+        )
+
+
+def _count_descendants(consumers: Mapping[int, list[int]], ids: list[int]) -> dict[int, int]:
+    """Operators that follow from each, on any path: sets as bit masks, a row's operators at a time being few."""
+    masks: dict[int, int] = {}
+    bits: dict[int, int] = {}
+    counts = {}
+    for id_ in reversed(ids):
+        mask = 0
+        for consumer in consumers[id_]:
+            mask |= masks[consumer] | (1 << bits.setdefault(consumer, len(bits)))
+        masks[id_] = mask
+        counts[id_] = mask.bit_count()
+    return counts
