@@ -1,8 +1,6 @@
 """The operator's routes under `/helium/`: runs, templates, workers, the cache. Callers that are not operators see
 their own tenant's runs and templates, and nothing else."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
