@@ -131,9 +131,10 @@ CRITICAL_PATH = _histogram(
 )
 NODE_SECONDS = _counter(
     "helium_node_seconds_total",
-    "Seconds of a node's calls by phase: before (its run began), queue, first_token, decode.",
+    "Seconds of a node's calls, once their run ended: before (since the run began), queue, first_token, decode.",
     ["workflow", "node", "phase"],
 )
+NODE_CALLS = _counter("helium_node_calls_total", "Calls in helium_node_seconds_total.", ["workflow", "node"])
 TAGS = _counter("helium_tags_total", "Tag values accepted, by source.", ["source"])
 TAG_CONFLICTS = _counter("helium_tag_conflicts_total", "Sources that disagreed, by field.", ["field"])
 TAGS_IGNORED = _counter("helium_tags_ignored_total", "Bad tag values ignored, by field.", ["field"])

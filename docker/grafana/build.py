@@ -125,7 +125,7 @@ SAVINGS = Dashboard(
 def per_call(phase: str) -> str:
     """Mean seconds of a phase per call of a node."""
     spent = grown("helium_node_seconds_total", f'{W},phase="{phase}"', "node")
-    return f"{spent} / {grown('helium_calls_total', W, 'node')}"
+    return f"{spent} / {grown('helium_node_calls_total', W, 'node')}"
 
 
 WORKFLOWS = Dashboard(
@@ -175,9 +175,8 @@ WORKFLOWS = Dashboard(
         (
             "Seeing the workflow",
             (
-                lines("Edges by source", "tag: said; native: an agent's own headers; inferred: from content.", (rate("helium_edges_total", "", "source"), "{{source}}"), width=8),
-                lines("Tags by source", "", (rate("helium_tags_total", "", "source"), "{{source}}"), width=8),
-                lines("Tags refused or contradicting", "", (rate("helium_tags_ignored_total"), "ignored"), (rate("helium_tag_conflicts_total"), "conflicts"), width=8),
+                lines("Edges by source", "tag: said; native: an agent's own headers; inferred: from content.", (rate("helium_edges_total", "", "source"), "{{source}}"), width=12),
+                lines("Tags refused or contradicting", "", (rate("helium_tags_ignored_total"), "ignored"), (rate("helium_tag_conflicts_total"), "conflicts"), width=12),
             ),
         ),
         (

@@ -53,7 +53,9 @@ def admin_routes(services: Services) -> APIRouter:
             found = flows.mermaid(run, tenant) if format == "mermaid" else flows.dot(run, tenant)
         if found is None:
             raise NotFound(f"no run {run!r}", param="run")
-        return found if isinstance(found, dict) else PlainTextResponse(found)
+        if isinstance(found, dict):
+            return {**found, "expected": expected(services, run) if found["state"] == "live" else []}
+        return PlainTextResponse(found)
 
     @router.delete("/runs/{run}")
     async def end_run(run: str, who: Annotated[Principal, Depends(caller)]) -> dict[str, Any]:
@@ -112,6 +114,17 @@ def admin_routes(services: Services) -> APIRouter:
         }
 
     return router
+
+
+def expected(services: Services, run: str) -> list[dict[str, Any]]:
+    """The calls a live run should still make, as its template predicts them."""
+    now, flows, calls = services.clock(), services.workflows, []
+    for (node, iteration), count in flows.remaining(run, now).items():
+        prompt, output = flows.lengths(run, node, iteration, now)
+        calls.append(
+            {"node": node, "iteration": iteration, "calls": count, "prompt_tokens": prompt, "output_tokens": output}
+        )
+    return calls
 
 
 def describe(services: Services, worker: Worker) -> dict[str, Any]:

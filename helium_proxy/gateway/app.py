@@ -24,6 +24,7 @@ from helium_proxy.gateway.admin import admin_routes
 from helium_proxy.gateway.auth import Keyring
 from helium_proxy.gateway.llm import PLANNED, LlmRoutes
 from helium_proxy.gateway.models import model_routes
+from helium_proxy.gateway.run_metrics import RunMetrics
 from helium_proxy.gateway.services import Background, Services
 from helium_proxy.planner.estimate import Estimator
 from helium_proxy.residency.registry import Tokenizers
@@ -130,13 +131,11 @@ def _mount(app: FastAPI, services: Services) -> None:
 
 async def _tick(services: Services) -> None:
     """Once a second: runs that have ended, and the gauges."""
+    runs = RunMetrics(services.workflows)
     while True:
         await asyncio.sleep(_TICK_S)
         try:
-            for end in services.workflows.tick(services.clock()):
-                workflow = metrics.bounded("workflow", end.workflow)
-                metrics.RUNS.labels(workflow, end.reason).inc()
-                metrics.MAKESPAN.labels(workflow).observe(end.seconds)
+            runs.tick(services.workflows.tick(services.clock()))
             _gauges(services)
         except Exception:
             log.exception("housekeeping failed")
