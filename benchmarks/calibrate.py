@@ -1,6 +1,6 @@
 """Fit the embedded engine's `cpu-tiny` profile to a real vLLM CPU engine, and measure the error that remains.
 
-    python -m benchmarks.calibrate [--repeats 2] [--url URL --blocks N]
+    python -m benchmarks.calibrate [--repeats 3] [--url URL --blocks N]
 
 runs small batches (prefills of several lengths, decodes in batches of several sizes, with short and long contexts)
 on a real engine, fits the profile's five rates to their durations, and then compares makespans on workloads that the
@@ -15,17 +15,19 @@ import asyncio
 import contextlib
 import heapq
 import json
+import os
 import platform
 import random
 import statistics
 import time
+from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
-from array import array
 from helium_proxy.engine import EngineConfig, Profile, Request, Scheduler, block_hashes
 from helium_proxy.engine.profile import CPU_TINY
 
@@ -146,10 +148,7 @@ def simulated(config: EngineConfig, jobs: list[Job], *, max_ticks: int = 1 << 40
         if arrivals and (end is None or arrivals[0][0] <= end):
             at, i = heapq.heappop(arrivals)
             scheduler.add(requests[i], at)
-            if end is None:
-                end = scheduler.start(at, max_ticks)
-            else:
-                end = scheduler.cut(at)
+            end = scheduler.start(at, max_ticks) if end is None else scheduler.cut(at)
             continue
         assert end is not None
         now = end
@@ -223,7 +222,7 @@ def engine(url: str | None, blocks: int) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--url", help="an engine that runs already; default: start one")
     parser.add_argument("--blocks", type=int, default=96, help="its KV blocks, of 128 tokens")
     args = parser.parse_args()
@@ -243,7 +242,7 @@ def main() -> None:
     print(json.dumps(report, indent=2))
 
 
-def calibrate(config: EngineConfig, measured: dict[str, list[float]]) -> dict[str, object]:
+def calibrate(config: EngineConfig, measured: dict[str, list[float]]) -> dict[str, Any]:
     """The fit and its errors, from what was measured."""
     best = {name: min(times) for name, times in measured.items()}
     batches = micro(0)
@@ -251,10 +250,10 @@ def calibrate(config: EngineConfig, measured: dict[str, list[float]]) -> dict[st
     profile = replace(CPU_TINY, floor_s=0.0, **dict(zip(RATES, rates, strict=True)))
     config = replace(config, profile=profile)
 
-    def compare(jobs: dict[str, list[Job]]) -> dict[str, dict[str, float | list[float]]]:
-        out: dict[str, dict[str, float | list[float]]] = {}
-        for name in jobs:
-            ours = simulated(config, jobs[name])
+    def compare(workload: dict[str, list[Job]]) -> dict[str, dict[str, Any]]:
+        out = {}
+        for name, jobs in workload.items():
+            ours = simulated(config, jobs)
             out[name] = {
                 "measured_s": round(best[name], 4),
                 "repeats_s": [round(t, 4) for t in measured[name]],
@@ -266,13 +265,13 @@ def calibrate(config: EngineConfig, measured: dict[str, list[float]]) -> dict[st
     fitted, judged = compare(batches), compare(workloads(0))
     return {
         "what": "embedded engine against a real vLLM CPU engine; measured_s is the fastest of the repeats",
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": __import__("os").cpu_count()},
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "engine": {"vllm": "0.32.0", "dtype": "float32", "block_size": 128, "blocks": config.blocks, "threads": 1},
         "rates": dict(zip(RATES, rates, strict=True)),
         "fitted_to": fitted,
         "judged_by": judged,
-        "mean_abs_error_fitted": round(statistics.mean(abs(float(r["error"])) for r in fitted.values()), 4),
-        "max_abs_error_judged": round(max(abs(float(r["error"])) for r in judged.values()), 4),
+        "mean_abs_error_fitted": round(statistics.mean(abs(r["error"]) for r in fitted.values()), 4),
+        "max_abs_error_judged": round(max(abs(r["error"]) for r in judged.values()), 4),
     }
 
 

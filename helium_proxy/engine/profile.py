@@ -98,11 +98,10 @@ def roofline(name: str, gpu: Gpu, model: Model) -> Profile:
 
 CPU_TINY = Profile(
     "cpu-tiny",
-    step_s=8.6e-3,
-    prefill_token_s=1 / 2600,
-    prefill_context_s=2.0e-8,
-    decode_seq_s=0.7e-3,
-    context_token_s=0.45e-6,
+    step_s=21.5e-3,
+    prefill_token_s=0.89e-3,
+    prefill_context_s=5.73e-7,
+    decode_seq_s=1.69e-3,
     kv_tokens=65_536,
     block_size=128,
     max_num_seqs=128,

@@ -158,20 +158,21 @@ class Scheduler:
             if n and self._extend(request, n):
                 chunks.append((request, n))
                 budget -= n
-        if self.counters.preemptions > preemptions:  # those the prefill pushed out no longer decode
+        preempted = self.counters.preemptions > preemptions
+        if preempted:  # those the prefill pushed out no longer decode; and nobody is admitted in this step
             decoding = self._decoding - len(skipped)
             context = self._context + self._decoding * self.ticks
         else:
             self._admit(budget, chunks, now)
         if not chunks and not decoding:
-            return self.start(now, max_ticks) if self.counters.preemptions > preemptions else None
+            return self.start(now, max_ticks) if preempted else None
         prefill = attended = 0
         for request, n in chunks:
             prefill += n
             attended += n * request.computed + n * n // 2
         first_s = self._profile.step(prefill, attended, decoding, context)
         slope_s = self._profile.context_token_s * decoding
-        ticks = 1 if chunks or skipped else self._steady_ticks(max_ticks)
+        ticks = 1 if chunks or preempted else self._steady_ticks(max_ticks)
         self._step = step = _Step(now, first_s, slope_s, ticks, decoding, chunks, skipped)
         return step.end(ticks)
 
