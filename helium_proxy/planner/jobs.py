@@ -242,18 +242,21 @@ class JobStore:
             del self._jobs[id_]
         finished = [job for job in self._jobs.values() if job.state != "running"]
         kept = sum(job.run.kept_bytes for job in finished)
-        for job in finished:
+        for job in finished[:-1]:  # the newest stays, whatever its size: somebody is about to read it
             if kept <= settings.max_kept_bytes:
                 break
             kept -= job.run.kept_bytes
             del self._jobs[job.id]
 
     def _finish(self, job: Job, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("plan.job_failed", job=job.id, exc_info=error)
+        broken = not task.cancelled() and task.exception() is not None
+        if broken:
+            log.error("plan.job_failed", job=job.id, exc_info=task.exception())
         job.run.close()
         states = {row.state for row in job.run.rows}
-        if "cancelled" in states:
+        if broken:
+            job.state = "failed"
+        elif "cancelled" in states:
             job.state = "cancelled"
         else:
             job.state = "completed" if states == {"completed"} else "partial" if "completed" in states else "failed"
