@@ -1,11 +1,9 @@
-"""The subscriber against a real ZMQ publisher that speaks vLLM's format, and (marked) against a real engine."""
+"""The subscriber against a real ZMQ publisher that speaks vLLM's format; `tests/vllm` has the real engine."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import urllib.request
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -307,62 +305,3 @@ async def test_a_long_history_leaves_the_loop_its_turns(publisher: Publisher) ->
     busy.cancel()
     assert turns >= 15
     assert len(listener.view) == 2000
-
-
-# -- the real engine
-
-
-@pytest.mark.vllm
-async def test_a_real_engines_cache_is_mirrored_exactly() -> None:
-    """Random prompts with shared prefixes on an engine of few blocks, which evicts all the time: before each request
-    the view's resident blocks are what the engine then reports as cached."""
-    import random
-
-    from tests.vllm.engines import VllmEngine, free_port
-
-    chance = random.Random(1)
-    block = 16
-    extra = ("--max-model-len", "512", "--block-size", str(block))
-    with VllmEngine(free_port(), blocks=64, kv_events=True, extra_args=extra) as engine:
-
-        def ask(tokens: list[int], **more: Any) -> dict[str, Any]:
-            body = {"model": "demo", "prompt": tokens, "max_tokens": 1, "temperature": 0, **more}
-            return engine.post("/v1/completions", body)
-
-        with urllib.request.urlopen(f"{engine.url}/kv_event_sources") as answer:
-            (source,) = event_sources(json.load(answer), engine.url)
-        view = BlockView("demo", block)
-        seen: list[Event] = []
-
-        def take(worker: str, event: Event) -> None:
-            seen.append(event)
-            view.apply(event)
-
-        prefixes = [[chance.randrange(10, 8000) for _ in range(block * 8)] for _ in range(12)]
-        await asyncio.to_thread(ask, prefixes[0])  # before anyone subscribes
-        predicted, actual = [], []
-        async with following(source, take, quiet_s=0.2) as subscriber:
-            for turn in range(60):
-                salt = "s" if turn % 5 == 0 else ""
-                kept = chance.randrange(2, 9) * block
-                tokens = chance.choice(prefixes)[:kept] + [chance.randrange(10, 8000) for _ in range(20)]
-                await _quiet(seen)
-                # A prompt's last token is always computed, so a block that it ends is never a hit.
-                reachable = (len(tokens) - 1) // block
-                predicted.append(min(view.resident_tokens(tokens, salt), reachable) * block)
-                done = await asyncio.to_thread(ask, tokens, **({"cache_salt": salt} if salt else {}))
-                actual.append((done["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-            statistics = subscriber.book.statistics()
-        assert predicted == actual
-        assert sum(actual) > 0
-        assert any(isinstance(event, Removed) for event in seen), "it evicted"
-        assert statistics.blocks <= 64
-        assert (statistics.resets, statistics.undecodable) == (0, 0)
-
-
-async def _quiet(seen: list[Event]) -> None:
-    """Until no event has come for a tenth of a second: the engine publishes after it answers."""
-    count = -1
-    while count != len(seen):
-        count = len(seen)
-        await asyncio.sleep(0.1)
