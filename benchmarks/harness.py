@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import aiohttp
 import orjson
 
-from . import plans
+from . import plans, systems
 from .client import CallFailed, CallRecord, HttpCaller
 from .engines import Counters, Engines
 from .minimum import minimum_tokens
-from .process import Server, cpu_seconds, free_port
+from .process import Server, cpu_seconds
 from .stats import Measurement, balance, quantile
 from .systems import System
 from .workloads import Roles, Run, Sizes, Workload, Writer
@@ -72,14 +72,10 @@ class Harness:
         await self.engines.reset(self.session)
         server: Server | None = None
         urls = self.engines.urls
-        if system.command is not None:
-            port = free_port()
-            url = f"http://127.0.0.1:{port}"
-            server = Server(system.name, system.command(self.engines, port), system.env, f"{url}{system.ready}")
-            urls = [url]
         try:
-            if server is not None:
-                await server.wait_ready(self.session)
+            if system.command is not None:
+                server, url = await systems.start(system, self.engines, self.session)
+                urls = [url]
             if plan.warmup:
                 await self._warm_up(system, plan, urls)
             return await self._phases(system, plan, urls, server, progress)

@@ -81,13 +81,10 @@ async def measure(
     port = int(upstream.urls[0].rpartition(":")[2])
     server: Server | None = None
     tagged = system.family == "helium"
-    if system.command is not None:
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        server = Server(name, system.command(upstream, port), system.env, f"{url}{system.ready}")
     try:
-        if server is not None:
-            await server.wait_ready(session)
+        if system.command is not None:
+            server, url = await systems.start(system, upstream, session)
+            port = int(url.rpartition(":")[2])
         memory = None
         if server is not None and tagged and repeat == 0:
             memory = await _memory(port, server.pid, repeat)

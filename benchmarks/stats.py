@@ -150,11 +150,12 @@ def rows(measurements: Sequence[Measurement]) -> list[Row]:
 
 
 def best_peers(table: Sequence[Row]) -> dict[tuple[str, int], Row]:
-    """Per (shape, phase) the fastest system that is not helium-proxy, direct round robin included."""
+    """Per (shape, phase) the fastest system that is not helium-proxy, direct round robin included. One that failed
+    calls has not done the work and is not compared with."""
     best: dict[tuple[str, int], Row] = {}
     for row in table:
         key = (row.shape, row.phase)
-        if row.family != "helium" and (key not in best or row.makespan < best[key].makespan):
+        if row.family != "helium" and not row.failed_calls and (key not in best or row.makespan < best[key].makespan):
             best[key] = row
     return best
 

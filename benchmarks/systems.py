@@ -7,6 +7,7 @@ with the settings ``HELIUM_KEY=VALUE`` in its environment.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,12 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import aiohttp
 import orjson
 import yaml
 
 from . import build_peers
 from .client import Decorate, leave_alone
 from .engines import Engines
+from .process import Server, StartFailed, free_port
 from .workloads import Call
 
 Family = Literal["direct", "peer", "helium"]
@@ -35,6 +38,8 @@ class System:
     """(engines, port) -> command line; None: the client goes to the engines itself."""
     env: Mapping[str, str] = field(default_factory=dict)
     ready: str = "/health"
+    registered: str | None = None
+    """Path that lists the workers, for a system that says it is ready before it knows them all."""
     decorate: Decorate = leave_alone
     plan: bool = False
     """Submit the batch as a plan instead of running the client program."""
@@ -134,7 +139,7 @@ SYSTEMS: dict[str, System] = {
             decorate=program,
             peer="vllm-router",
         ),
-        System("sglang", "peer", _sglang_router, peer="sglang-router"),
+        System("sglang", "peer", _sglang_router, registered="/workers", peer="sglang-router"),
         System(
             "litellm",
             "peer",
@@ -149,6 +154,32 @@ SYSTEMS: dict[str, System] = {
     )
 }
 """Round robin counts as a peer when the best peer is sought: it is what a plain load balancer does."""
+
+
+async def start(system: System, engines: Engines, session: aiohttp.ClientSession) -> tuple[Server, str]:
+    """Start a system that is a server; it and its base URL, once it serves and knows every engine.
+
+    Raises:
+        StartFailed: it did not come up (it is stopped again).
+    """
+    assert system.command is not None
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    server = Server(system.name, system.command(engines, port), system.env, f"{url}{system.ready}")
+    try:
+        await server.wait_ready(session)
+        for _ in range(300 if system.registered else 0):
+            async with session.get(f"{url}{system.registered}") as response:
+                if (await response.text()).count('"is_healthy":true') == len(engines.urls):
+                    break
+            await asyncio.sleep(0.1)
+        else:
+            if system.registered:
+                raise StartFailed(f"{system.name} does not know all engines:\n{server.log_tail()}")
+    except BaseException:
+        server.stop()
+        raise
+    return server, url
 
 
 def find(name: str) -> System:
