@@ -57,7 +57,7 @@ async def parse_form(body: bytes, content_type: str) -> dict[str, tuple[str | No
     stream.feed_eof()
     found: dict[str, tuple[str | None, bytes]] = {}
     try:
-        reader = MultipartReader({"content-type": content_type}, stream)
+        reader = MultipartReader({"Content-Type": content_type}, stream)
         async for part in reader:
             if isinstance(part, BodyPartReader) and part.name is not None and len(found) < 16:
                 found[part.name] = (part.filename, bytes(await part.read()))

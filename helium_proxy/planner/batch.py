@@ -175,13 +175,17 @@ def _line(line: bytes, endpoint: str) -> tuple[str, NodeTemplate]:
 
 def result_lines(custom_ids: list[str], job: Job) -> tuple[bytes, bytes]:
     """The output and the error file of a batch that has ended."""
+    used: set[str] = set()  # ids given out: equal requests share an answer, but not its id
     good: list[bytes] = []
     bad: list[bytes] = []
     for index, (custom_id, row) in enumerate(zip(custom_ids, job.run.rows, strict=True)):
         line: dict[str, Any] = {"id": f"batch_req_{job.id[-12:]}_{index}", "custom_id": custom_id}
         if row.state == "completed":
             result = row.bodies["response"]
-            body = result.body
+            body = dict(result.body)
+            if (given := body.get("id")) in used:
+                body["id"] = f"{given}-{index}"
+            used.add(str(given))
             line["response"] = {"status_code": result.status, "request_id": body.get("id"), "body": body}
             line["error"] = None
             good.append(orjson.dumps(line))

@@ -85,7 +85,7 @@ class Plan:
         model: str | None = None,
         **params: Any,
     ) -> NodeRef:
-        """Add a chat call: `system` and `user` texts, or whole `messages`. Raises `ValueError` for both or neither."""
+        """Add a chat call: `system` and `user` texts, or whole `messages`; `ValueError` for both or neither."""
         if (messages is None) == (system is None and user is None):
             raise ValueError("give 'messages', or 'system' and 'user'")
         if messages is None:

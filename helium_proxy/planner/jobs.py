@@ -147,11 +147,12 @@ class JobStore:
 
     async def plan(self, tenant: str, raw: Any) -> PhysicalPlan:
         """Check and plan a workflow. Raises `InvalidRequest`."""
-        return await self._plan(tenant, lambda: expand(parse_plan(raw, self.deps.settings), self.deps.settings))
+        settings = self.deps.settings
+        return await self._plan(lambda: expand(parse_plan(raw, settings), settings), self._lookup(tenant))
 
-    async def _plan(self, tenant: str, make: Callable[[], OperatorGraph]) -> PhysicalPlan:
+    async def _plan(self, make: Callable[[], OperatorGraph], lookup: Lookup | None) -> PhysicalPlan:
         deps = self.deps
-        planning = Planning(deps.settings, deps.workers(), deps.count, deps.profile, self._lookup(tenant))
+        planning = Planning(deps.settings, deps.workers(), deps.count, deps.profile, lookup)
         async with self._planners:
             return await asyncio.to_thread(lambda: optimize(make(), planning))
 
@@ -190,7 +191,8 @@ class JobStore:
         self._admit(tenant)
         self._reserved[tenant] = self._reserved.get(tenant, 0) + 1
         try:
-            plan = await self._plan(tenant, make)
+            # A CacheFetch knows the text only: where whole answers are wanted, the call itself meets the cache.
+            plan = await self._plan(make, None if keep_bodies else self._lookup(tenant))
         finally:
             self._reserved[tenant] -= 1
             if not self._reserved[tenant]:
