@@ -378,6 +378,37 @@ async def test_an_upstream_that_fails_to_close_harms_nobody() -> None:
     assert_empty(coalescer)
 
 
+async def test_what_nobody_reads_any_more_is_closed_even_if_closing_fails() -> None:
+    """The leader left, its call then answers 503, a follower tries again: the 503's body is given up unread."""
+    closed: list[str] = []
+    ready = asyncio.Event()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        try:
+            yield b"busy"
+            yield b"never read"
+        finally:
+            raise OSError("close failed")
+
+    async def open() -> Answer:
+        await ready.wait()
+        return Answer(503, {}, chunks(), lambda: closed.append("busy"))
+
+    coalescer = Coalescer()
+    second = Call()
+    leader = coalescer.join(KEY, open)
+    _, follower = client(coalescer, second)
+    await settle()
+    leader.leave()
+    ready.set()
+    await settle()
+    assert closed == ["busy"]
+    second.answer(b"ok", end=True)
+    assert await follower == (200, b"ok")
+    await settle()
+    assert_empty(coalescer)
+
+
 @pytest.mark.parametrize("seed", range(30))
 async def test_no_interleaving_leaks(seed: int) -> None:
     """Random joins, departures, answers and failures of a few keys: afterwards nothing is left, and every client

@@ -332,10 +332,23 @@ async def test_a_failing_backend_is_a_miss_then_rests_then_is_tried_again() -> N
     assert (statistics.errors, statistics.hits, statistics.misses, statistics.resting) == (4, 2, 12, False)
 
 
+async def test_an_answer_that_could_not_be_kept_harms_nobody() -> None:
+    backend = Broken()
+    cache = PromptCache(backend)
+    assert not await cache.put(b"k", entry())
+    assert cache.peek(b"k", 1001) is None, "nothing is known without asking"
+    backend.down = False
+    assert await cache.put(b"k", entry())
+    assert (cache.statistics().stores, cache.statistics().errors) == (1, 1)
+    await cache.close()
+
+
 async def test_a_purge_that_failed_does_not_look_done() -> None:
     cache = PromptCache(Broken())
     with pytest.raises(OSError, match="down"):
         await cache.purge()
+    with pytest.raises(OSError, match="down"):
+        await cache.delete(b"k")
 
 
 async def test_max_age_and_counts() -> None:
