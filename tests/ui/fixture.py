@@ -147,14 +147,39 @@ def run_at(now: float, run: str = RUN, begin: float = 1000.0) -> dict[str, Any]:
         for parent in step.parents
     ]
     state = "done" if now >= duration() else "live"
-    return {"run": run, "workflow": "trading", "state": state, "nodes": nodes, "edges": edges}
+    expected = [
+        {
+            "node": base(step.node),
+            "iteration": 1,
+            "calls": 1,
+            "prompt_tokens": step.prompt,
+            "output_tokens": step.output,
+        }
+        for step in recorded()
+        if step.node not in known
+    ]
+    return {
+        "run": run,
+        "workflow": "trading",
+        "state": state,
+        "nodes": nodes,
+        "edges": edges,
+        "expected": expected,
+    }
+
+
+def base(node: str) -> str:
+    """The node's name without its branch and turn."""
+    name = node.split("#", maxsplit=1)[0]
+    head, _, tail = name.rpartition("_")
+    return head if tail.isdigit() else name
 
 
 def counts(run: dict[str, Any]) -> dict[str, Any]:
     fates = [node["fate"] for node in run["nodes"]]
     tallies = {fate: fates.count(fate) for fate in ("computed", "hit", "coalesced", "error")}
     prompt = sum(node["prompt_tokens"] or 0 for node in run["nodes"])
-    return {"calls": len(fates), **tallies, "prompt_tokens": prompt}
+    return {"calls": len(fates), "fates": tallies, "prompt_tokens": prompt}
 
 
 def _workers(now: float) -> dict[str, Any]:
@@ -179,61 +204,108 @@ def _workers(now: float) -> dict[str, Any]:
                 "pin_budget_blocks": 614,
                 "prefill_tokens_per_s": 6021.4,
                 "decode_tokens_per_s": 91.2,
-                "resident_prefixes": [
-                    {"name": f"trading/{node}", "tokens": tokens, "blocks": tokens // 16, "pinned": pinned}
-                    for node, tokens, pinned in (("trader", 1024, True), ("risky", 768, True), ("safe", 768, False))
-                ],
+                "preemptions": 0,
+                "engine": "vllm",
+                "plugin": True,
+                "tokenizer": "exact",
+                "error": None,
+                "pins": {"trading/trader": 64, "trading/risky": 48, "trading/safe": 48},
             }
         )
     return {"workers": workers}
 
 
-def _templates(now: float) -> dict[str, Any]:
+def _templates() -> dict[str, Any]:
     bases: dict[str, Step] = {}
     count: dict[str, int] = {}
-    edges: dict[tuple[str, str], int] = {}
-
-    def base(node: str) -> str:
-        head, _, tail = node.split("#", maxsplit=1)[0].rpartition("_")
-        return head if tail.isdigit() else node.split("#", maxsplit=1)[0]
-
+    edges: dict[tuple[str, str], None] = {}
     for step in recorded():
         name = base(step.node)
         bases.setdefault(name, step)
         count[name] = count.get(name, 0) + 1
         for parent in {base(parent) for parent in step.parents} - {name}:
-            edges[parent, name] = edges.get((parent, name), 0) + 1
-    forward = [pair for pair in edges if list(bases).index(pair[0]) < list(bases).index(pair[1])]
-    upcoming = [step for step in recorded() if step.queued > now][:6]
-    return {
-        "templates": [
-            {
-                "template": "trading",
-                "workflow": "trading",
-                "runs": 5,
-                "nodes": [
-                    {
-                        "node": name,
-                        "calls_per_run": count[name],
-                        "probability": 1.0,
-                        "static_messages": 1,
-                        "static_tokens": 768,
-                        "prompt_tokens": step.prompt,
-                        "output_tokens": step.output,
-                        "output_tokens_p90": step.output,
-                        "samples": 5 * count[name],
-                    }
-                    for name, step in bases.items()
-                ],
-                "edges": [{"from": a, "to": b, "probability": 1.0, "think_s": 0.05} for a, b in forward],
-                "next": [
-                    {"run": RUN, "node": step.node, "probability": 0.99, "prompt_tokens": step.prompt,
-                     "output_tokens": step.output, "in_s": step.queued - now}
-                    for step in upcoming
-                ],
-            }
-        ]
-    }  # fmt: skip
+            edges[parent, name] = None
+    order = list(bases)
+    nodes = [
+        {
+            "node": name,
+            "iteration": 1,
+            "calls": 5 * count[name],
+            "per_run": count[name],
+            "prompt_tokens": step.prompt,
+            "output_tokens": {
+                "mean": step.output,
+                "p50": step.output,
+                "p90": step.output,
+                "samples": 5 * count[name],
+            },
+            "static_messages": 1,
+            "static_tokens": 768,
+        }
+        for name, step in bases.items()
+    ]
+    links = [
+        {"from": one, "to": two, "probability": 1.0, "think_s": 0.05}
+        for one, two in edges
+        if order.index(one) < order.index(two)
+    ]
+    return {"templates": [{"template": "trading", "workflow": "trading", "runs": 5, "nodes": nodes, "edges": links}]}
+
+
+PLAN: dict[str, Any] = {
+    "object": "workflow.plan",
+    "workflow": "map-reduce",
+    "operators_submitted": 8,
+    "operators_planned": 5,
+    "inputs": 2,
+    "rewrites": [
+        {"rule": "prune", "dropped": 2, "fetched": 0, "nodes": {"unused": 2}},
+        {"rule": "cache_fetch", "dropped": 0, "fetched": 1, "nodes": {"expert_law": 1}},
+    ],
+    "prefix_tree": [
+        {
+            "model": "demo",
+            "tokens": 0,
+            "operators_below": 5,
+            "children": [
+                {
+                    "segment": "<system> You are an expert in cost.",
+                    "tokens": 14,
+                    "operators_below": 2,
+                    "children": [
+                        {"operator": "expert_cost[0]", "tokens": 9, "operators_below": 1},
+                        {"operator": "expert_cost[1]", "tokens": 8, "operators_below": 1},
+                    ],
+                }
+            ],
+        }
+    ],
+    "workers": [{"name": "worker-0", "kv_tokens": 32768, "operators": 3}, {"name": "worker-1", "kv_tokens": 32768}],
+    "predicted": {"makespan_s": 1.52, "prompt_tokens": 412, "computed_tokens": 331, "fewest_computed_tokens": 331},
+    "actual": None,
+    "operators": [
+        {"operator": "expert_law[0]", "depends_on": [], "cache_fetch": True},
+        {"operator": "expert_law[1]", "depends_on": [], "worker": "worker-0", "prompt_tokens": 23,
+         "predicted_computed_tokens": 23, "predicted_started_s": 0.0, "predicted_finished_s": 0.71},
+        {"operator": "expert_cost[0]", "depends_on": [], "worker": "worker-1", "prompt_tokens": 23,
+         "predicted_computed_tokens": 23, "predicted_started_s": 0.0, "predicted_finished_s": 0.7},
+        {"operator": "expert_cost[1]", "depends_on": [], "worker": "worker-1", "prompt_tokens": 22,
+         "predicted_computed_tokens": 8, "predicted_started_s": 0.0, "predicted_finished_s": 0.72},
+        {"operator": "summary[0]", "depends_on": ["expert_law[0]", "expert_cost[0]"], "worker": "worker-1",
+         "prompt_tokens": 170, "predicted_computed_tokens": 150, "predicted_started_s": 0.7,
+         "predicted_finished_s": 1.5},
+        {"operator": "summary[1]", "depends_on": ["expert_law[1]", "expert_cost[1]"], "worker": "worker-0",
+         "prompt_tokens": 174, "predicted_computed_tokens": 150, "predicted_started_s": 0.72,
+         "predicted_finished_s": 1.52},
+    ],
+}  # fmt: skip
+_JOB = {
+    "id": "wf-1",
+    "workflow": "map-reduce",
+    "status": "completed",
+    "operators": {"submitted": 8, "planned": 5},
+    "inputs": {"total": 2},
+}
 
 
 @dataclass
@@ -260,7 +332,10 @@ class Fixture:
                 Route("/helium/runs", answer(self._runs)),
                 Route("/helium/runs/{run}", answer(lambda request: run_at(*self._of(request.path_params["run"])))),
                 Route("/helium/workers", answer(lambda _: _workers(self.clock()))),
-                Route("/helium/templates", answer(lambda _: _templates(self.clock()))),
+                Route("/helium/templates", answer(lambda _: _templates())),
+                Route("/v1/workflows", answer(lambda _: {"object": "list", "data": [_JOB]})),
+                Route("/v1/workflows/explain", answer(lambda _: PLAN), methods=["POST"]),
+                Route("/v1/workflows/{id}/explain", answer(lambda _: PLAN)),
             ]
         )
 

@@ -167,8 +167,41 @@ def test_the_other_views_draw_and_say_nothing_wrong(stage: Stage, view: str) -> 
     assert page.locator(selector).all_inner_texts() == texts
     assert page.locator(f'nav a[data-view="{view}"]').get_attribute("aria-current") == "page"
     if view == "templates":
+        page.locator(".node").nth(11).wait_for()
         assert page.locator(".node").count() == 12
+        page.get_by_role("link", name=RUN).first.wait_for()
     assert not stage.complaints
+
+
+def test_a_plan_is_explained_and_a_submitted_one_opened(stage: Stage) -> None:
+    page = stage.open("plans")
+    page.get_by_label("Workflow as JSON").fill("{")
+    page.get_by_role("button", name="Explain").click()
+    page.get_by_role("alert").wait_for()
+    page.get_by_label("Workflow as JSON").fill("{}")
+    page.get_by_role("button", name="Explain").click()
+    page.locator(".g-bar").nth(4).wait_for()
+    assert page.get_by_role("alert").count() == 0
+    assert page.locator(".row-label").all_text_contents() == ["worker-0", "worker-1"]
+    assert stage_kinds(page)["expert_law[0]"] == "hit"
+    assert page.locator(".tree .pill").all_inner_texts() == ["× 5", "× 2"]
+    page.locator("a.item").click()
+    page.wait_for_url("**/#/plans/wf-1")
+    assert not stage.complaints
+
+
+def stage_kinds(page: Any) -> dict[str, str]:
+    return dict(page.locator(".node").evaluate_all("all => all.map(node => [node.dataset.id, node.dataset.kind])"))
+
+
+def test_what_is_still_expected_of_a_live_run_is_said(stage: Stage) -> None:
+    stage.now = 5.0
+    page = stage.open()
+    page.locator(".expected li").first.wait_for()
+    shown = page.locator(".expected li").all_text_contents()
+    assert shown == ["trader × 8", "risky × 24", "safe × 24", "neutral × 24", "fund_manager × 1"]
+    stage.now = duration()
+    page.locator(".expected").wait_for(state="hidden")
 
 
 @pytest.mark.parametrize("stage", [{"scheme": "light"}, {"scheme": "dark"}], indirect=True, ids=["light", "dark"])

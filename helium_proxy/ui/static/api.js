@@ -58,6 +58,7 @@ export const api = {
   run: (run, signal) => request(`runs/${id(run)}`, { signal }),
   workers: (signal) => request("workers", { signal }),
   templates: (signal) => request("templates", { signal }),
-  plan: (plan, signal) => request(`../v1/workflows/${id(plan)}`, { signal }),
+  plans: (signal) => request("../v1/workflows", { signal }),
+  plan: (plan, signal) => request(`../v1/workflows/${id(plan)}/explain`, { signal }),
   explain: (body, signal) => request("../v1/workflows/explain", { method: "POST", body, signal }),
 };

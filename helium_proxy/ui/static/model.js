@@ -71,7 +71,7 @@ export function readRun(json, now = null) {
   const sum = (pick) => nodes.reduce((acc, node) => acc + (pick(node) ?? 0), 0);
   return {
     id: json.run, workflow: json.workflow ?? "", state: json.state ?? "done", live, nodes, edges, start, latest, end, tokens,
-    expected: json.expected ?? json.predicted ?? [],
+    expected: json.expected ?? [],
     reused: reused(tokens),
     done: nodes.filter((node) => node.finished_at != null).length,
     errors: nodes.filter((node) => node.kind === "error").length,

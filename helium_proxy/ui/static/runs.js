@@ -41,15 +41,6 @@ export function runsView() {
   return { element, poll, show: (run) => { wanted = run; } };
 }
 
-/** Counts of a listed run, whether they are nested or flat. */
-function counts(run) {
-  const source = run.counts ?? run;
-  const calls = source.calls ?? source.nodes ?? 0;
-  const fates = source.fates ?? source;
-  return { calls, prompt: source.prompt_tokens ?? 0, cached: source.cached_tokens ?? 0, computed: fates.computed ?? 0,
-    hit: fates.hit ?? 0, coalesced: fates.coalesced ?? 0, error: fates.error ?? source.errors ?? 0 };
-}
-
 function makeItem(run) {
   const parts = { name: h("strong"), state: h("span"), bar: newStack(), sub: h("small"), calls: h("small") };
   const link = h("a", { class: "item", href: `#/runs/${encodeURIComponent(run.run)}` },
@@ -59,15 +50,15 @@ function makeItem(run) {
 
 function updateItem(item, run, shown) {
   const { parts, link } = item;
-  const sum = counts(run);
-  const ended = sum.computed + sum.hit + sum.coalesced + sum.error;
+  const { fates } = run;
+  const ended = fates.computed + fates.hit + fates.coalesced + fates.error;
   set(link, { "aria-current": run.run === shown ? "true" : null });
   set(parts.name, { text: run.workflow || "unnamed" });
   set(parts.state, { class: `pill ${run.state}`, text: run.state });
   set(parts.sub, { text: run.run, class: "mono" });
-  set(parts.calls, { text: `${sum.calls} calls` });
-  stack(parts.bar, [["computed", sum.computed, "computed"], ["coalesced", sum.coalesced, "coalesced"], ["hit", sum.hit, "prompt cache"],
-    ["error", sum.error, "error"], ["queued", Math.max(0, sum.calls - ended), "to do"]]);
+  set(parts.calls, { text: `${run.calls} calls` });
+  stack(parts.bar, [["computed", fates.computed, "computed"], ["coalesced", fates.coalesced, "coalesced"], ["hit", fates.hit, "prompt cache"],
+    ["error", fates.error, "error"], ["queued", Math.max(0, run.calls - ended), "to do"]]);
 }
 
 function runPane() {
@@ -88,13 +79,14 @@ function runPane() {
   const dag = dagView({ label: "Calls of the run", onselect: choose });
   const gantt = ganttView({ label: "Timeline by worker", onselect: choose });
   const inspector = h("aside", { class: "inspector", hidden: true, "aria-live": "polite" });
+  const expected = h("ul", { class: "expected", "aria-label": "Still expected" });
   const body = h("tbody");
   const heads = [["Call"], ["Fate"], ["Worker"], ["Prompt", 1], ["Cached", 1], ["Predicted", 1], ["Output", 1], ["Queue", 1], ["First token", 1], ["Total", 1]];
   const element = h("div", { class: "detail" },
     h("div", { class: "title" }, title.workflow, title.state, title.id),
     h("dl", { class: "tiles" }, Object.values(tiles)),
     h("section", { class: "card", "aria-label": "Graph" },
-      h("header", {}, h("h2", { text: "Graph" }), legend(KINDS), h("span", { class: "grow" }), dag.tools), dag.element, inspector),
+      h("header", {}, h("h2", { text: "Graph" }), legend(KINDS), h("span", { class: "grow" }), dag.tools), dag.element, expected, inspector),
     h("section", { class: "card", "aria-label": "Timeline" },
       h("header", {}, h("h2", { text: "Timeline" }), legend([["queued", "waiting ┄"], ["computed", "prefill, then decode (paler)"], ["pinned", "critical path"]])), gantt.element),
     h("section", { class: "card", "aria-label": "Calls" }, h("header", {}, h("h2", { text: "Calls" })),
@@ -125,6 +117,8 @@ function runPane() {
     dag.update(graphOf(run), chosen);
     gantt.update(timelineOf(run), chosen);
     keyed(body, run.nodes, (node) => node.call, (node) => makeRow(node, choose), updateRow);
+    set(expected, { hidden: run.expected.length === 0 });
+    keyed(expected, byNode(run.expected), ([node]) => node, ([node]) => h("li", { class: "pill expected" }, node, h("b")), (item, [, calls]) => set(item.lastChild, { text: ` × ${calls}` }));
     inspect();
   }
 
@@ -156,6 +150,13 @@ function runPane() {
   return { element, poll };
 }
 
+/** [node, calls still expected], whatever the turn of a loop. */
+function byNode(expected) {
+  const calls = new Map();
+  for (const call of expected) calls.set(call.node, (calls.get(call.node) ?? 0) + call.calls);
+  return [...calls];
+}
+
 function makeRow(node, choose) {
   return h("tr", {}, h("td", {}, h("button", { type: "button", text: node.node, onclick: () => choose(node.call) })), h("td", {}, h("span")),
     h("td", { class: "mono" }), Array.from({ length: 7 }, () => h("td", { class: "num" })));
@@ -178,11 +179,9 @@ function graphOf(run) {
     const sub = node.prompt_tokens == null ? node.kind : `${format.tokens(node.prompt_tokens)} tok${share === null ? "" : ` · ${format.percent(share)} cached`}`;
     return { id: node.call, name: node.node, sub, kind: node.kind, tone: tone(node), fill: share, critical: run.critical.has(node.call), title: describe(node) };
   });
-  const expected = run.expected.map((call, index) => ({ id: `expected-${call.node}-${index}`, name: call.node, kind: "expected",
-    sub: `expected${call.probability == null ? "" : ` · ${format.percent(call.probability)}`}`, fill: null, title: `${call.node}, expected next` }));
   const edges = run.edges.map((edge) => ({ from: edge.from, to: edge.to, kind: edge.kind === "spawn" ? "spawn" : edge.source === "inferred" ? "inferred" : "",
     critical: run.critical.get(edge.to) === edge.from }));
-  return { nodes: [...nodes, ...expected], edges };
+  return { nodes, edges };
 }
 
 /** Rows: the workers by name, then what no worker had to do, then what still waits. */

@@ -1,7 +1,7 @@
 // Workers: load, what each is believed to hold, what is pinned there.
 
 import { api } from "./api.js";
-import { format, h, keyed, legend, pill, set, tile } from "./dom.js";
+import { format, h, keyed, legend, set, tile } from "./dom.js";
 
 const PREFIXES = 40; // rows shown per worker
 
@@ -29,18 +29,18 @@ export function workersView() {
   return { element, poll, show() {} };
 }
 
-const isUp = (state) => ["up", "ok", "ready", "healthy", "closed"].includes(state);
+const isUp = (state) => state === "up";
 
 function makeWorker() {
-  const parts = { name: h("h2"), state: h("span"), models: h("span", { class: "muted" }), url: h("code", { class: "muted" }), resident: h("span", { class: "c-kv" }),
+  const parts = { name: h("h2"), state: h("span"), models: h("span"), engine: h("span", { class: "muted" }), url: h("code", { class: "muted" }), resident: h("span", { class: "c-kv" }),
     pinned: h("span", { class: "c-pinned" }), budget: h("i", { title: "pin budget" }), left: h("span"), right: h("span"), prefixes: h("tbody"),
-    none: h("p", { class: "muted", text: "No prefix known to be resident." }), table: null, facts: h("dl", { class: "facts" }) };
+    problem: h("p", { class: "notice", hidden: true }), none: h("p", { class: "muted", text: "Nothing pinned here." }), table: null, facts: h("dl", { class: "facts" }) };
   parts.meter = h("div", { class: "meter", role: "img" }, parts.resident, parts.pinned, parts.budget);
-  parts.table = h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Resident prefixes" }, h("table", {},
-    h("thead", {}, h("tr", {}, h("th", { text: "Resident prefix", scope: "col" }), h("th", { class: "num", text: "Tokens", scope: "col" }), h("th", { class: "num", text: "Blocks", scope: "col" }), h("th", { text: "Pin", scope: "col" }))), parts.prefixes));
+  parts.table = h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Pinned prefixes" }, h("table", {},
+    h("thead", {}, h("tr", {}, h("th", { text: "Pinned prefix", scope: "col" }), h("th", { class: "num", text: "Tokens", scope: "col" }), h("th", { class: "num", text: "Blocks", scope: "col" }))), parts.prefixes));
   const body = h("div", { class: "body" }, parts.facts,
-    h("div", { class: "kv-row" }, parts.meter, h("p", {}, parts.left, parts.right), legend([["pinned", "pinned"], ["kv", "resident"], ["queued", "pin budget ┆"]])), parts.none);
-  const card = h("section", { class: "card" }, h("header", {}, parts.name, parts.state, parts.models, h("span", { class: "grow" }), parts.url), body, parts.table);
+    h("div", { class: "kv-row" }, parts.meter, h("p", {}, parts.left, parts.right), legend([["pinned", "pinned"], ["kv", "resident"], ["queued", "┆ pin budget"]])), parts.problem, parts.none);
+  const card = h("section", { class: "card" }, h("header", {}, parts.name, parts.state, parts.models, parts.engine, h("span", { class: "grow" }), parts.url), body, parts.table);
   return Object.assign(card, { parts });
 }
 
@@ -51,9 +51,10 @@ function updateWorker(card, worker) {
   set(card, { "aria-label": `Worker ${worker.id}` });
   set(parts.name, { text: worker.id });
   set(parts.state, { class: `pill ${isUp(worker.state) ? "ok" : worker.state}`, text: worker.state });
-  set(parts.models, { text: (worker.models ?? []).map((model) => (typeof model === "string" ? model : model.id)).join(", ") });
-  set(parts.url, { text: worker.url === worker.id ? "" : worker.url });
-  const facts = [["Running", format.int(worker.running)], ["Waiting", format.int(worker.waiting)], ["Block size", format.int(worker.block_size)],
+  set(parts.engine, { text: [worker.engine, worker.plugin ? "pins" : "", worker.tokenizer === "exact" ? "exact tokens" : ""].filter(Boolean).join(" · ") });
+  set(parts.models, { text: worker.models.join(", ") });
+  set(parts.url, { text: worker.url.endsWith(`//${worker.id}`) ? "" : worker.url });
+  const facts = [["Running", format.int(worker.running)], ["Waiting", format.int(worker.waiting)], ["Preempted", format.int(worker.preemptions)], ["Block size", format.int(worker.block_size)],
     ["Prefill", `${format.tokens(worker.prefill_tokens_per_s)}/s`], ["Decode", `${format.tokens(worker.decode_tokens_per_s)}/s`]];
   keyed(parts.facts, facts, ([term]) => term, ([term]) => h("div", {}, h("dt", { text: term }), h("dd")), (element, [, text]) => set(element.lastChild, { text }));
   set(parts.resident, { "--w": share(worker.resident_blocks) });
@@ -64,20 +65,15 @@ function updateWorker(card, worker) {
   set(parts.meter, { "aria-label": `${words}, ${pins}` });
   set(parts.left, { text: words });
   set(parts.right, { text: pins });
-  const prefixes = (worker.resident_prefixes ?? []).slice(0, PREFIXES).map(readPrefix);
-  set(parts.none, { hidden: prefixes.length > 0 });
-  set(parts.table, { hidden: prefixes.length === 0 });
-  keyed(parts.prefixes, prefixes.map((prefix, index) => ({ ...prefix, index })), ({ index }) => index, makePrefix, (row, prefix) => {
+  const pinned = Object.entries(worker.pins ?? {}).slice(0, PREFIXES).map(([name, blocks]) => ({ name, blocks, tokens: blocks * worker.block_size }));
+  set(parts.none, { hidden: pinned.length > 0 });
+  set(parts.table, { hidden: pinned.length === 0 });
+  set(parts.problem, { hidden: !worker.error || isUp(worker.state), text: worker.error ?? "" });
+  keyed(parts.prefixes, pinned, ({ name }) => name, makePrefix, (row, prefix) => {
     set(row.cells[0].firstChild, { text: prefix.name, title: prefix.name });
     set(row.cells[1], { text: format.int(prefix.tokens) });
     set(row.cells[2], { text: format.int(prefix.blocks) });
-    row.cells[3].replaceChildren(prefix.pinned ? pill("pinned", "live") : "");
   });
 }
 
-const makePrefix = () => h("tr", {}, h("td", {}, h("code")), h("td", { class: "num" }), h("td", { class: "num" }), h("td"));
-
-function readPrefix(prefix) {
-  if (typeof prefix === "string") return { name: prefix };
-  return { name: prefix.name ?? prefix.prefix ?? prefix.node ?? prefix.hash ?? "", tokens: prefix.tokens, blocks: prefix.blocks, pinned: Boolean(prefix.pinned) };
-}
+const makePrefix = () => h("tr", {}, h("td", {}, h("code")), h("td", { class: "num" }), h("td", { class: "num" }));
