@@ -247,7 +247,15 @@ def calibrate(config: EngineConfig, measured: dict[str, list[float]]) -> dict[st
     best = {name: min(times) for name, times in measured.items()}
     batches = micro(0)
     rates = fit([features(config, batches[name]) for name in batches], [best[name] for name in batches])
-    profile = replace(CPU_TINY, floor_s=0.0, **dict(zip(RATES, rates, strict=True)))
+    profile = replace(
+        CPU_TINY,
+        floor_s=0.0,
+        step_s=rates[0],
+        prefill_token_s=rates[1],
+        prefill_context_s=rates[2],
+        decode_seq_s=rates[3],
+        context_token_s=rates[4],
+    )
     config = replace(config, profile=profile)
 
     def compare(workload: dict[str, list[Job]]) -> dict[str, dict[str, Any]]:

@@ -2,14 +2,15 @@
 
     python benchmarks/workflow.py [--replies 10000] [--calls 3000] [--chars 4096]
 
-Four kinds of 4 kB calls, all with 14 ordinary headers: *fresh* (every character never seen before), *agent* (a
+Five kinds of 4 kB calls, all with 14 ordinary headers: *fresh* (every character never seen before), *agent* (a
 known system prompt of half the size, the rest new and quoting an earlier reply), *turn* (a conversation grown by
-one turn) and *tagged* (as agent, with workflow, run, node and parents). Prints microseconds of CPU per call, garbage collection included.
+one turn), *tagged* (as agent, with workflow, run, node and parents) and *same* (one body over and over). Prints microseconds of CPU per call, garbage collection included.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import time
 from collections.abc import Callable
@@ -84,7 +85,8 @@ def main() -> None:
         return run([{"role": "user", "content": text.make(chosen.chars)}], text.make(1_000))
 
     def agent(**body: Any) -> float:
-        quoted = text.random.choice(replies[-500:])
+        place = count % 20  # runs of 20 calls
+        quoted = text.random.choice(replies[-place:]) if place else ""
         rest = max(0, chosen.chars // 2 - len(quoted))
         messages = [
             {"role": "system", "content": text.random.choice(systems)},
@@ -104,9 +106,22 @@ def main() -> None:
         tags = {"workflow": "bench", "run": f"r{count // 20}", "node": f"n{count % 20}"}
         return agent(helium={**tags, "parents": [f"n{count % 20 - 1}"] if count % 20 else []})
 
+    def same() -> float:
+        return run(
+            [{"role": "system", "content": systems[0]}, {"role": "user", "content": systems[1]}], systems[2][:500]
+        )
+
     for _ in range(chosen.replies):
         fresh()
-    kinds: dict[str, Callable[[], float]] = {"fresh": fresh, "agent": agent, "turn": turn, "tagged": tagged}
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # as the gateway does
+    kinds: dict[str, Callable[[], float]] = {
+        "fresh": fresh,
+        "agent": agent,
+        "turn": turn,
+        "tagged": tagged,
+        "same": same,
+    }
     print(f"{'call':8} {'p50 µs':>8} {'p90 µs':>8} {'p99 µs':>8} {'max µs':>8}")
     for name, kind in kinds.items():
         took = [kind() for _ in range(chosen.calls)]

@@ -45,7 +45,7 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
     for call in queue.head(settings.window):
         allowed = [w for w in workers if w.id not in call.exclude] or workers
         worker, reason = _place(state, call, allowed, promised)
-        if not worker.has_room(call, settings):
+        if worker.id in full or not worker.has_room(call, settings):
             full.add(worker.id)
             idle = _idle(call, allowed, settings)
             if idle is None:
@@ -56,7 +56,7 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
             worker, reason = idle, "idle"
         assignment = _assign(call, worker, reason, now)
         queue.remove(call)
-        queue.charge(call.tenant, assignment.work_s)
+        queue.charge(call, assignment.work_s)
         worker.admit(assignment)
         assignments.append(assignment)
     return assignments
@@ -118,5 +118,5 @@ def _assign(call: QueuedCall, worker: WorkerState, reason: Reason, now: float) -
 
 def _engine_priority(call: QueuedCall) -> int:
     """The rank as one integer: the client's priority first, then the virtual time in tenths of a second."""
-    priority, virtual, _, _ = call.rank
+    priority, virtual = call.rank[:2]
     return max(-1000, min(1000, priority)) * 1_000_000 + int(virtual * 10) % 1_000_000

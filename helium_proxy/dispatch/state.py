@@ -4,9 +4,10 @@ moves calls from the one to the other."""
 from __future__ import annotations
 
 import bisect
+import heapq
 import math
-from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +20,13 @@ Reason = Literal["only", "prefix", "balance", "plan", "idle", "round-robin", "le
 """Why a call went where it went: the only worker; where its prefix is; away from it, to balance; where the plan said;
 to an idle worker though its prefix is elsewhere; or by an ablation's rule."""
 
+Rank = tuple[int, float, int, float, int]
+"""See `DispatchState._rank`."""
+GroupKey = tuple[str, str]
+"""(tenant, workflow)."""
+
 _RUNS_REMEMBERED = 100_000
+_GROUPS_REMEMBERED = 10_000
 UNBOUNDED_BLOCKS = 1 << 20
 """The mirror's size for a worker whose KV capacity is not known."""
 
@@ -39,12 +46,14 @@ class QueuedCall:
     """Expected."""
     arrived_at: float
     hints: Hints = field(default_factory=Hints)
+    group: str = ""
+    """The workflow it belongs to: groups of a tenant take turns, so that a large one never starves a small one."""
     prefer: str | None = None
     """Where a submitted plan would have it."""
     exclude: frozenset[str] = frozenset()
     """Workers that failed it."""
     # -- the dispatcher's own notes
-    rank: tuple[int, float, float, int] = (0, 0.0, 0.0, 0)
+    rank: Rank = (0, 0.0, 0, 0.0, 0)
     hits: dict[str, tuple[int, int]] = field(default_factory=dict)
     """worker → (version of its residency, resident leading blocks)."""
 
@@ -151,65 +160,86 @@ class WorkerState:
 
 
 class Queue:
-    """Waiting calls of one model, in order of rank; tenants take turns by the work they have been given."""
+    """Waiting calls of one model. Tenants take turns, and each tenant's workflows within its turn, by the engine
+    seconds they have been given; inside a workflow calls go by rank.
+
+    Fair shares protect a small workflow beside a large one, and leave the order within one free to finish old runs
+    first (which keeps the set of prefixes in use small).
+    """
 
     def __init__(self) -> None:
         # -- state
-        self._tenants: dict[str, list[tuple[tuple[int, float, float, int], QueuedCall]]] = {}  # sorted by rank
-        self._served: OrderedDict[str, float] = OrderedDict()  # tenant → engine seconds given, normalised
+        self._groups: dict[GroupKey, list[tuple[Rank, QueuedCall]]] = {}  # never empty lists, sorted by rank
+        self._served: OrderedDict[str | GroupKey, float] = OrderedDict()  # tenant or group → engine seconds given
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
     def __repr__(self) -> str:
-        return f"<Queue {self._length} calls of {len(self._tenants)} tenants>"
+        return f"<Queue {self._length} calls of {len(self._groups)} groups>"
 
     def push(self, call: QueuedCall) -> None:
-        waiting = self._tenants.get(call.tenant)
+        key = (call.tenant, call.group)
+        waiting = self._groups.get(key)
         if waiting is None:
-            waiting = self._tenants[call.tenant] = []
-            # A tenant that comes (back) starts level with the least served of those waiting: no saved-up credit.
-            floor = min((self._served.get(t, 0.0) for t in self._tenants if t != call.tenant), default=0.0)
-            self._served[call.tenant] = max(self._served.get(call.tenant, 0.0), floor)
-            while len(self._served) > 10_000:
-                self._served.popitem(last=False)
+            self._enter(call.tenant, [t for t, _ in self._groups])
+            self._enter(key, [k for k in self._groups if k[0] == call.tenant])
+            waiting = self._groups[key] = []
         bisect.insort(waiting, (call.rank, call))
         self._length += 1
 
+    def _enter(self, who: str | GroupKey, others: Sequence[str | GroupKey]) -> None:
+        """Whoever comes (back) starts level with the least served of those waiting: no credit is saved up."""
+        floor = min((self._served.get(o, 0.0) for o in others if o != who), default=0.0)
+        self._served[who] = max(self._served.get(who, 0.0), floor)
+        self._served.move_to_end(who)
+        while len(self._served) > _GROUPS_REMEMBERED:
+            self._served.popitem(last=False)
+
     def remove(self, call: QueuedCall) -> bool:
-        waiting = self._tenants.get(call.tenant, [])
+        key = (call.tenant, call.group)
+        waiting = self._groups.get(key, [])
         at = bisect.bisect_left(waiting, (call.rank,))
         if at >= len(waiting) or waiting[at][1] is not call:
             return False
         del waiting[at]
         self._length -= 1
         if not waiting:
-            del self._tenants[call.tenant]
+            del self._groups[key]
         return True
 
-    def charge(self, tenant: str, work_s: float) -> None:
-        self._served[tenant] = self._served.get(tenant, 0.0) + work_s
+    def charge(self, call: QueuedCall, work_s: float) -> None:
+        """`call` was given `work_s` engine seconds."""
+        for who in (call.tenant, (call.tenant, call.group)):
+            self._served[who] = self._served.get(who, 0.0) + work_s
 
     def head(self, count: int) -> list[QueuedCall]:
-        """The first `count` calls: tenants in turn, the least served first; within one, by rank."""
-        if len(self._tenants) == 1:
-            (waiting,) = self._tenants.values()
+        """The first `count` calls in turn order; a client's priority goes before any turn."""
+        if len(self._groups) == 1:
+            (waiting,) = self._groups.values()
             return [call for _, call in waiting[:count]]
-        turns = deque(sorted(self._tenants, key=lambda t: self._served.get(t, 0.0)))
-        positions = dict.fromkeys(turns, 0)
+        served = self._served
+        turns = [
+            (waiting[0][0][0], served.get(key[0], 0.0), served.get(key, 0.0), key, 0)
+            for key, waiting in self._groups.items()
+        ]
+        heapq.heapify(turns)
         head: list[QueuedCall] = []
         while turns and len(head) < count:
-            tenant = turns.popleft()
-            at = positions[tenant]
-            head.append(self._tenants[tenant][at][1])
-            positions[tenant] = at + 1
-            if at + 1 < len(self._tenants[tenant]):
-                turns.append(tenant)
+            _, tenant_s, group_s, key, at = heapq.heappop(turns)
+            waiting = self._groups[key]
+            call = waiting[at][1]
+            head.append(call)
+            if at + 1 < len(waiting):
+                # As if it had been served: the exact charge depends on where it will go.
+                step = max(1e-6, call.prompt_tokens * 1e-4 + call.output_tokens * 1e-3)
+                entry = (waiting[at + 1][0][0], tenant_s + step, group_s + step, key, at + 1)
+                heapq.heappush(turns, entry)
         return head
 
     def __iter__(self) -> Iterator[QueuedCall]:
-        for waiting in self._tenants.values():
+        for waiting in self._groups.values():
             for _, call in waiting:
                 yield call
 
@@ -257,37 +287,22 @@ class DispatchState:
         self._turn += 1
         return self._turn
 
-    def _rank(self, call: QueuedCall, now: float) -> tuple[int, float, float, int]:
-        """(client's priority, virtual time, −remaining path, arrival): smaller is earlier.
+    def _rank(self, call: QueuedCall, now: float) -> Rank:
+        """(client's priority, virtual time, run, −remaining path, arrival): smaller is earlier.
 
-        The virtual time of a call is when its run began, so that older runs finish first and the set of prefixes
-        in use stays small. But no call may pass those that waited longer by more than the time the present queue
-        takes to drain: a small run behind a large one waits at most about twice as long as it would in FIFO order.
+        The virtual time is when the call's run began: older runs finish first, and the set of prefixes in use stays
+        small. A deadline moves a call forward to the moment by which it must start.
         """
         self._sequence += 1
         hints = call.hints
         virtual, path = now, 0.0
         if self.settings.ordering == "run" and hints.run_seq:
-            started = self._run_started.setdefault(hints.run_seq, now)
+            virtual = self._run_started.setdefault(hints.run_seq, now)
             while len(self._run_started) > _RUNS_REMEMBERED:
                 self._run_started.popitem(last=False)
-            virtual = max(started, now - self._drain_s(call.model))
             path = -(hints.path_output_tokens + 0.25 * hints.path_prompt_tokens)
-            if hints.plan_rank is not None:
-                path = float(hints.plan_rank)  # a submitted plan has weighed paths against prefixes already
         if hints.deadline_s is not None:
-            duration = min(
-                (w.rates.duration(call.prompt_tokens, call.output_tokens) for w in self.workers.values()), default=0
-            )
-            virtual = min(virtual, call.arrived_at + hints.deadline_s - duration - self._drain_s(call.model))
-        return (hints.priority, virtual, path, self._sequence)
-
-    def _drain_s(self, model: str) -> float:
-        """About how long the present queue of `model` takes, in seconds (at least one)."""
-        queue = self.queues.get(model)
-        workers = [w for w in self.serving(model) if w.open]
-        if not queue or not workers:
-            return 1.0
-        running = sum(len(w.running) for w in workers)
-        mean = sum(w.backlog_s for w in workers) / running if running else 0.1
-        return max(1.0, (len(queue) + running) * mean / len(workers))
+            durations = [w.rates.duration(call.prompt_tokens, call.output_tokens) for w in self.serving(call.model)]
+            latest = call.arrived_at + hints.deadline_s - 2 * min(durations, default=0.0)
+            virtual = min(virtual, latest)
+        return (hints.priority, virtual, hints.run_seq, path, self._sequence)

@@ -72,7 +72,12 @@ class Computer:
         services, settings = self._services, self._services.settings.pool
         self._budget.call()
         call = await services.estimator.estimate(
-            ticket.request, ticket.hints, now=ticket.arrived_at, salt=ticket.salt, prefer=ticket.prefer
+            ticket.request,
+            ticket.hints,
+            now=ticket.arrived_at,
+            salt=ticket.salt,
+            group=ticket.arrival.template if ticket.arrival else "",
+            prefer=ticket.prefer,
         )
         ticket.planned_at = services.clock()
         failure: HeliumError | None = None
@@ -361,6 +366,7 @@ def _again(call: QueuedCall, failed: str) -> QueuedCall:
         output_tokens=call.output_tokens,
         arrived_at=call.arrived_at,
         hints=call.hints,
+        group=call.group,
         prefer=None,
         exclude=call.exclude | {failed},
     )

@@ -28,7 +28,14 @@ class Estimator:
         self._default_output = default_output_tokens
 
     async def estimate(
-        self, request: CallRequest, hints: Hints, *, now: float, salt: str = "", prefer: str | None = None
+        self,
+        request: CallRequest,
+        hints: Hints,
+        *,
+        now: float,
+        salt: str = "",
+        group: str = "",
+        prefer: str | None = None,
     ) -> QueuedCall:
         """`salt` separates prompts that must not share blocks (the tenant's, where tenants are isolated)."""
         model, body = request.model, request.body
@@ -64,6 +71,7 @@ class Estimator:
             output_tokens=expected_output(body, hints, self._default_output),
             arrived_at=now,
             hints=hints,
+            group=group,
             prefer=prefer,
         )
 

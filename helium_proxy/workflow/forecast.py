@@ -43,19 +43,16 @@ class Prediction:
     """The call's prompt is expected to begin with the finished call's whole prompt and reply."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Edge:
     child: Key
     probability: float
     fan_out: float
     fan_in: float
+    instances: float
+    """Children per parent, a child with several such parents counted in parts."""
     think_s: float
     extends: float
-
-    @property
-    def instances(self) -> float:
-        """Children per parent, a child with several such parents counted in parts."""
-        return self.probability * self.fan_out / self.fan_in
 
 
 @dataclass(slots=True)
@@ -78,15 +75,18 @@ class Forecast:
         self.version = template.version
         self.compiled_at = now
         self._nodes: dict[Key, _Node] = {}
-        self._descends: dict[Key, float] = {}  # filled on demand
+        self._hints: dict[Key, dict[str, Any]] = {}  # filled on demand
         self._bases: dict[str, Key] = {}  # base → its highest iteration
         by_rank = sorted(template.nodes.values(), key=lambda stats: (stats.rank.mean, stats.key))
         self._order = [stats.key for stats in by_rank if stats.calls > 0 or stats.key == ROOT]
+        self._place = {key: at for at, key in enumerate(self._order)}
         for key in self._order:
             stats = template.nodes[key]
             self._nodes[key] = _Node(stats, self._edges(stats, template), group=stats.group())
             if key != ROOT and key[1] >= self._bases.get(key[0], ROOT)[1]:
                 self._bases[key[0]] = key
+        # Compiling costs by the node, and matters less once runs have confirmed what is known.
+        self.keep = max(len(self._order) / 32, 1.0) * (1.0 if template.runs < 5 else 8.0)
         self._link()
         self._chains()
 
@@ -94,21 +94,17 @@ class Forecast:
         return f"<Forecast of version {self.version}: {len(self._order) - 1} nodes>"
 
     def _edges(self, stats: NodeStats, template: Template) -> list[_Edge]:
-        return [
-            _Edge(
-                child,
-                edge.probability(stats.closed),
-                edge.fan_out,
-                max(edge.fan_in, 1.0),
-                edge.think.mean,
-                edge.extends.mean,
-            )
-            for child, edge in stats.edges.items()
-            if edge.closed + edge.live > 0 and template.nodes[child].calls > 0
-        ]
+        out = []
+        for child, edge in stats.edges.items():
+            if edge.closed + edge.live > 0 and template.nodes[child].calls > 0:
+                probability = edge.probability(stats.closed)
+                fan_out, fan_in = edge.fan_out, max(edge.fan_in, 1.0)
+                instances = probability * fan_out / fan_in
+                out.append(_Edge(child, probability, fan_out, fan_in, instances, edge.think.mean, edge.extends.mean))
+        return out
 
     def _link(self) -> None:
-        place = {key: at for at, key in enumerate(self._order)}
+        place = self._place
         for key, node in self._nodes.items():
             node.edges = [edge for edge in node.edges if place[edge.child] > place[key]]
             for edge in node.edges:
@@ -150,19 +146,28 @@ class Forecast:
         return None if deepest is None else self._nodes[deepest].stats
 
     def hints(self, call: Call, siblings_arrived: int) -> dict[str, Any]:
-        """The fields of `Hints` that a template knows."""
+        """The fields of `Hints` that a template knows, in a dict of the caller's own."""
+        key = (call.base, call.iteration)
+        known = self._hints.get(key)
+        if known is None:
+            known = self._hints[key] = self._constant(call)
+        node = self._nodes.get(key)
+        if node is None:
+            return known.copy()
+        return {**known, "siblings_to_come": max(0, round(node.siblings) - siblings_arrived)}
+
+    def _constant(self, call: Call) -> dict[str, Any]:
+        """What holds for every call of a key, for as long as this forecast is kept."""
         known: dict[str, Any] = {}
         profile = self._profile(call)
         if profile is not None and profile.output.n:
             known["output_tokens"] = profile.output.mean
             known["output_samples"] = profile.output.n
         node = self._known(call)
-        if node is None:
-            return known
-        known["path_calls"], known["path_output_tokens"], known["path_prompt_tokens"] = node.path
-        known["siblings_to_come"] = max(0, round(node.siblings) - siblings_arrived)
-        known["descends"] = round(self.descends((call.base, call.iteration)))
-        known["static_messages"] = node.stats.static_messages
+        if node is not None:
+            known["path_calls"], known["path_output_tokens"], known["path_prompt_tokens"] = node.path
+            known["descends"] = round(self.descends((call.base, call.iteration)))
+            known["static_messages"] = node.stats.static_messages
         return known
 
     def group(self, call: Call) -> frozenset[Key]:
@@ -171,20 +176,17 @@ class Forecast:
 
     def descends(self, key: Key) -> float:
         """Calls expected below one call of `key`."""
-        found = self._descends.get(key)
-        if found is None:
-            instances = {key: 1.0}
-            for at in self._order:
-                above = instances.get(at)
-                if above is None:
-                    continue
-                for edge in self._nodes[at].edges:
-                    # A join below this call is one call, however small this call's part in it.
-                    below = max(above * edge.instances, edge.probability * min(above, 1.0))
-                    if below > instances.get(edge.child, 0.0):
-                        instances[edge.child] = below
-            found = self._descends[key] = sum(instances.values()) - 1.0
-        return found
+        instances = {key: 1.0}
+        for at in self._order[self._place[key] :]:
+            above = instances.get(at)
+            if above is None:
+                continue
+            for edge in self._nodes[at].edges:
+                # A join below this call is one call, however small this call's part in it.
+                below = max(above * edge.instances, edge.probability * min(above, 1.0))
+                if below > instances.get(edge.child, 0.0):
+                    instances[edge.child] = below
+        return sum(instances.values()) - 1.0
 
     def totals(self, run: Run) -> dict[Key, float]:
         """Calls of each key expected in `run` from beginning to end, given those that have arrived."""

@@ -59,10 +59,6 @@ class Call:
     children: list[Call] = field(default_factory=list)
     prompt: int = 0
     """Hash of the whole prompt."""
-    body: int = 0
-    """Digest of the whole body, Helium's fields included: what a retry repeats."""
-    ids: tuple[str, ...] = ()
-    """Other response ids that parents may name it by."""
     retries: int = 0
     child_keys: dict[tuple[str, int], int] = field(default_factory=dict)
     """(base, iteration) → children of that key."""

@@ -19,7 +19,7 @@ as numbers or single words.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -135,8 +135,11 @@ class ReplyIndex:
         every = units(text[: self._scan_chars])
         if len(every) > _MAX_UNITS:
             every = dict(list(every.items())[:_MAX_UNITS])
-        held = [message.units for message in own if message.units]
-        fresh = {unit: size for unit, size in every.items() if not any(unit in had for had in held)}
+        new = set(every)
+        for message in own:
+            if message.units:
+                new.difference_update(every.keys() & message.units.keys())
+        fresh = every if len(new) == len(every) else {unit: size for unit, size in every.items() if unit in new}
         made = Text(key, len(text), every, fresh, now)
         for unit in fresh:
             posting = self._units.setdefault(unit, [])
@@ -201,10 +204,10 @@ class ReplyIndex:
     def text(self, key: int) -> Text | None:
         return self._texts.get(key)
 
-    def hits(self, found: Mapping[int, int]) -> Iterable[tuple[int, list[Text]]]:
+    def hits(self, found: Mapping[int, int]) -> Sequence[tuple[int, list[Text]]]:
         """`(unit, texts)` of the units that any reply has freshly."""
         known = self._units
-        return [(unit, known[unit]) for unit in known.keys() & found.keys()]
+        return [(unit, known[unit]) for unit in found if unit in known]
 
 
 class _Search:
@@ -273,16 +276,25 @@ class _Search:
             whole = self.index.text(message.key) if message.key else None
             if whole is not None and message.first_seen >= whole.since:
                 self.exact.append(whole)
-            found = message.units
-            if not found:
+            if not message.units:
                 continue
-            for unit, texts in self.index.hits(found):
-                if len(texts) > _MAX_TEXTS or message.first_seen < min(text.since for text in texts):
+            if message.hits is None:
+                message.hits = self.index.hits(message.units)
+            if not message.hits:
+                continue
+            found, seen, scores = message.units, message.first_seen, self.scores
+            for unit, texts in message.hits:
+                if not texts:
                     continue
-                if len(texts) == 1:
-                    self.scores.setdefault(texts[0].key, (texts[0], {}))[1][unit] = found[unit]
-                else:
+                text = texts[0]  # the first to be said is the first in the posting
+                if seen < text.since or len(texts) > _MAX_TEXTS:
+                    continue
+                if len(texts) > 1:
                     self.shared.append((unit, found[unit], texts))
+                elif text.key in scores:
+                    scores[text.key][1][unit] = found[unit]
+                else:
+                    scores[text.key] = (text, {unit: found[unit]})
 
     def resolve(self) -> list[Link]:
         """Decide on everything collected; the surest first, since it tells the run."""
@@ -296,7 +308,8 @@ class _Search:
                 here = [text for text in texts if any(id(r.call.run) in self.homes for r in text.replies)]
                 if len(here) == 1:
                     self.scores.setdefault(here[0].key, (here[0], {}))[1][unit] = size
-            self._by_units(whole)
+            if self.shared:
+                self._by_units(whole)
             for replies, extends in self.doubtful:
                 self._consider([r for r in replies if id(r.call.run) in self.homes], extends)
             for text in self.exact:
@@ -312,13 +325,15 @@ class _Search:
 
     def _by_units(self, whole: set[int]) -> None:
         """Choose the texts matched well enough, less those that only a quoting reply shows."""
+        if not self.scores:
+            return
         good = [
             (text, matched)
             for text, matched in self.scores.values()
             if text.key in whole or _enough(sum(matched.values()), text.chars)
         ]
         for text, matched in good:
-            quoted = any(
+            quoted = len(good) > 1 and any(
                 other is not text and matched.keys() <= other.units.keys() and other.since >= text.since
                 for other, _ in good
             )

@@ -6,7 +6,7 @@ kept in one LRU by the digest of its JSON; a conversation is the rolling hash of
 
 Text is compared in *units*: what lies between line breaks, sentence ends, quotes, brackets and escapes. A unit
 survives being cut out of a reply, put into a template, wrapped in JSON or parsed out of it. Units are found
-with C-speed tools only (`str.translate`, `str.split`), never a loop over characters.
+with C-speed tools only (`bytes.translate`, `str.split`), never a loop over characters.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ import xxhash
 MIN_UNIT_CHARS = 16
 """Shorter units are too common to say where a text came from."""
 
-_BREAKS = '.!?;:"\\{}[]<>()|*#`=\t\r'
-_TO_BREAKS = {ord(char): "\n" for char in _BREAKS}
-_BREAK_RUN = re.compile("[" + re.escape(_BREAKS) + "\n\u2018\u2019\u201c\u201d\u3002\uff01\uff1f\u2014]+")
-_TRIM = " -\u2013\u2014>'_,/"
+_BREAKS = b'.!?;:"\\{}[]<>()|*#`=\t\r'
+_TO_LINES = bytes.maketrans(_BREAKS, b"\n" * len(_BREAKS))
+_BREAK_RUN = re.compile("[" + re.escape(_BREAKS.decode()) + "\n\u2018\u2019\u201c\u201d\u3002\uff01\uff1f\u2014]+")
 _UNICODE_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
@@ -36,12 +35,14 @@ def units(text: str) -> dict[int, int]:
         text = text.replace("\\n", "\n").replace("\\t", "\n").replace("\\r", "\n")
         if "\\u" in text:
             text = _UNICODE_ESCAPE.sub(lambda found: chr(int(found[1], 16)), text)
-    parts = text.translate(_TO_BREAKS).split("\n") if text.isascii() else _BREAK_RUN.split(text)
-    return {
-        hash(part): len(part)
-        for raw in parts
-        if len(raw) >= MIN_UNIT_CHARS and len(part := raw.strip(_TRIM)) >= MIN_UNIT_CHARS
-    }
+    if "'" in text:  # quotes, not apostrophes
+        text = text.replace(" '", "\n").replace("' ", "\n").replace("'\n", "\n").replace("\n'", "\n")
+    if "- " in text:
+        text = text.replace("- ", "\n")
+    ascii_only = text.isascii()
+    parts = text.encode().translate(_TO_LINES).decode().split("\n") if ascii_only else _BREAK_RUN.split(text)
+    long = [part for part in map(str.strip, parts) if len(part) >= MIN_UNIT_CHARS]
+    return dict(zip(map(hash, long), map(len, long), strict=True))
 
 
 def text_key(text: str) -> int:
@@ -67,6 +68,9 @@ class Message:
     """When this message was first sent by anybody: it cannot stem from a reply that came later."""
     units: Mapping[int, int] | None = None
     """Filled when the message is first searched."""
+    hits: Sequence[tuple[int, list[Any]]] | None = None
+    """Units found in the tenant's reply index at that time, with their postings. A message cannot stem from a
+    later reply, so it is never searched again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,9 @@ def _items(value: Any) -> Iterator[Any]:
 
 
 def _read_message(item: Mapping[str, Any], digest: int, now: float) -> Message:
+    content = item.get("content")
+    if len(item) == 2 and isinstance(content, str) and "role" in item:  # by far the most
+        return Message(digest, str(item["role"]), len(content), (), (), text_key(content), now)
     role = str(item.get("role") or "")
     calls: list[str] = []
     results: list[str] = []
@@ -171,7 +178,6 @@ def _read_message(item: Mapping[str, Any], digest: int, now: float) -> Message:
     calls += [str(call["id"]) for call in made if isinstance(call, Mapping) and call.get("id")]
     if item.get("tool_call_id"):
         results.append(str(item["tool_call_id"]))
-    content = item.get("content")
     if isinstance(content, list):
         for block in content:
             if isinstance(block, Mapping):

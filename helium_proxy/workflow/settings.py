@@ -47,7 +47,9 @@ class WorkflowSettings(BaseModel):
         65_536, ge=0, description="Characters of static prefix kept per template node for prewarming."
     )
     template_refresh_s: float = Field(
-        0.25, ge=0, description="Least time between two recomputations of one live template's predictions."
+        0.25,
+        ge=0,
+        description="Least time between two compilations of a live template, per 32 nodes; after 5 runs 8 times it.",
     )
     save_interval_s: float = Field(
         5.0, ge=0, description="Least time between two writes of one template to the store."

@@ -26,6 +26,7 @@ Source = Literal["body", "header", "baggage", "native"]
 FIELDS = ("workflow", "run", "node", "parents", "final", "deadline_ms", "priority")
 HEADERS: dict[str, str] = {f"x-helium-{name.replace('_', '-')}": name for name in FIELDS}
 """Header name → field."""
+_INTERESTING = frozenset({*HEADERS, *native_headers.KNOWN, "baggage", "traceparent"})
 _BAGGAGE = {f"helium.{name}": name for name in FIELDS}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _MAX_DEADLINE_MS = 7 * 86_400_000.0
@@ -210,10 +211,7 @@ def read(body: Mapping[str, Any], headers: Mapping[str, str], settings: Workflow
     interesting = {
         name: value
         for name, value in headers.items()
-        if name in HEADERS
-        or name in native_headers.KNOWN
-        or name in ("baggage", "traceparent")
-        or name.endswith(native_headers.GENERIC_SUFFIX)
+        if name in _INTERESTING or name.endswith(native_headers.GENERIC_SUFFIX)
     }
     has_body = "helium" in body or "metadata" in body or "vllm_xargs" in body or "nvext" in body
     if not interesting and not has_body:

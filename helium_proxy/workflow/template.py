@@ -139,8 +139,7 @@ class NodeStats:
         if run != self.last_run:
             self.last_run = run
             self.static_runs += 1
-        total = sum(message.chars for message in messages)
-        if total:
+            total = sum(message.chars for message in messages) or 1
             self.static_share = sum(message.chars for message in messages[: len(self.static)]) / total
 
 

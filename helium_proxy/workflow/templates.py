@@ -94,7 +94,7 @@ class Templates:
             self._homes.popitem(last=False)
 
     def forecast(self, key: str, now: float) -> Forecast | None:
-        """What the template expects, compiled anew at most every `template_refresh_s`."""
+        """What the template expects, compiled anew at most every `template_refresh_s` times `Forecast.keep`."""
         template = self._templates.get(key)
         if template is None:
             return None
@@ -103,7 +103,7 @@ class Templates:
         forecast = self._forecasts.get(key)
         if forecast is None or (
             forecast.version != template.version
-            and not 0 <= now - forecast.compiled_at < self._settings.template_refresh_s
+            and not 0 <= now - forecast.compiled_at < forecast.keep * self._settings.template_refresh_s
         ):
             forecast = self._forecasts[key] = Forecast(template, now)
         return forecast

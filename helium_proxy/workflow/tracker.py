@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-import xxhash
-
 from helium_proxy.errors import InvalidRequest
 from helium_proxy.types import Arrival, CallRequest, Hints, Outcome
 from helium_proxy.workflow import export, tags
@@ -98,7 +95,7 @@ class Workflows:
         self._messages = MessageCache(settings.max_messages)
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
         self._pending: dict[str, tuple[Message, ...]] = {}  # call in flight → its prompt
-        self._bodies: OrderedDict[tuple[str, int], str] = OrderedDict()  # (tenant, body digest) → call
+        self._bodies: OrderedDict[tuple[Any, ...], str] = OrderedDict()  # what a retry repeats → its first call
         self._counts: dict[str, int] = dict.fromkeys(
             (
                 "calls",
@@ -137,11 +134,12 @@ class Workflows:
         read = tags.read(request.body, request.headers, self.settings)
         self._counts["tag_conflicts"] += len(read.conflicts)
         self._counts["tags_ignored"] += len(read.ignored)
-        digest = self._digest(request)
-        if digest and (again := self._retried(request, digest, now)) is not None:
+        prompt = self._messages.read(request.tenant, request.route, request.model, request.body, now)
+        if "x-stainless-retry-count" in request.headers and (
+            again := self._retried(request, (prompt.whole, read.run, read.node), now)
+        ):
             return again
         tenant = self._tenant(request.tenant)
-        prompt = self._messages.read(request.tenant, request.route, request.model, request.body, now)
         base = read.node or tenant.identities.name(prompt, request.body)
 
         home = self._runs.named(request.tenant, read, now)
@@ -151,7 +149,7 @@ class Workflows:
             if read.parents is None and prompt.previous is not None:
                 links = self._previous(tenant, prompt, home, links)
         run = self._runs.choose(request, read, base, home, links if read.parents is None else [], now=now)
-        call = Call(request.id, run, base, base, arrived_at=now, queued_at=now, body=digest, prompt=prompt.whole)
+        call = Call(request.id, run, base, base, arrived_at=now, queued_at=now, prompt=prompt.whole)
         self._runs.enter(call, read, now)
         self._join(call, read, links)
         forecast, siblings = self._learn(call, prompt, request, now)
@@ -166,16 +164,8 @@ class Workflows:
         )
         return Arrival(call.id, run.id, run.workflow, call.node, run.template, hints)
 
-    def _digest(self, request: CallRequest) -> int:
-        """What a retry of this request repeats; 0 when its client does not count retries."""
-        if "x-stainless-retry-count" not in request.headers:
-            return 0
-        raw = orjson.dumps(dict(request.body), option=orjson.OPT_NON_STR_KEYS)
-        return xxhash.xxh3_64_intdigest(raw) or 1
-
-    def _retried(self, request: CallRequest, digest: int, now: float) -> Arrival | None:
-        """The arrival of a retry: the same call once more."""
-        key = (request.tenant, digest)
+    def _retried(self, request: CallRequest, key: tuple[Any, ...], now: float) -> Arrival | None:
+        """The arrival of a retry: the same call once more. `key`: its prompt (tenant and model in it) and tags."""
         original = self._runs.call(self._bodies.get(key, ""))
         if request.headers["x-stainless-retry-count"].strip() in ("", "0") or original is None:
             self._bodies[key] = request.id

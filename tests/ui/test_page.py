@@ -197,11 +197,11 @@ def stage_kinds(page: Any) -> dict[str, str]:
 def test_what_is_still_expected_of_a_live_run_is_said(stage: Stage) -> None:
     stage.now = 5.0
     page = stage.open()
-    page.locator(".expected li").first.wait_for()
-    shown = page.locator(".expected li").all_text_contents()
+    page.locator(".upcoming li").first.wait_for()
+    shown = page.locator(".upcoming li").all_text_contents()
     assert shown == ["trader × 8", "risky × 24", "safe × 24", "neutral × 24", "fund_manager × 1"]
     stage.now = duration()
-    page.locator(".expected").wait_for(state="hidden")
+    page.locator(".upcoming").wait_for(state="hidden")
 
 
 @pytest.mark.parametrize("stage", [{"scheme": "light"}, {"scheme": "dark"}], indirect=True, ids=["light", "dark"])

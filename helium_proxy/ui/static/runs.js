@@ -79,7 +79,7 @@ function runPane() {
   const dag = dagView({ label: "Calls of the run", onselect: choose });
   const gantt = ganttView({ label: "Timeline by worker", onselect: choose });
   const inspector = h("aside", { class: "inspector", hidden: true, "aria-live": "polite" });
-  const expected = h("ul", { class: "expected", "aria-label": "Still expected" });
+  const expected = h("ul", { class: "upcoming", "aria-label": "Still expected" });
   const body = h("tbody");
   const heads = [["Call"], ["Fate"], ["Worker"], ["Prompt", 1], ["Cached", 1], ["Predicted", 1], ["Output", 1], ["Queue", 1], ["First token", 1], ["Total", 1]];
   const element = h("div", { class: "detail" },
