@@ -166,12 +166,22 @@ for _family, _values in (
     (EDGES, ("tag", "native", "inferred")),
     (ERRORS, ("queue_full", "no_worker", "upstream_error", "draining", "deadline_exceeded", "invalid_api_key")),
     (FAIL_OPEN, ("workflow", "dispatch", "tokenizer")),
+    (RETRIES, ("stale", "refused", "lost", "timeout")),
 ):
     for _value in _values:
         _family.labels(_value)
 for _kind in ("pin", "renew", "unpin", "prewarm"):
     for _result in ("ok", "error"):
         DIRECTIVES.labels(_kind, _result)
+
+
+def start_worker(worker: str) -> None:
+    """Start the counters of a new worker at 0."""
+    for family in (BREAKER_OPENS, KV_GAPS, PREDICTED_CACHED, ACTUAL_CACHED):
+        family.labels(worker)
+    for kind in ("stored", "removed", "cleared"):
+        KV_EVENTS.labels(worker, kind)
+
 
 _CAPS = {"workflow": 100, "node": 400, "model": 50}
 _UNSAFE = re.compile(r"[^\w.:/@#-]")

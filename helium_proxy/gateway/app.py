@@ -57,6 +57,7 @@ def build_services(settings: Settings) -> Services:
     tokenizers = Tokenizers(client)
 
     def changed(worker: Worker) -> None:
+        metrics.start_worker(worker.id)
         dispatcher.worker_changed(worker)
         if worker.state == "up":
             background.start(tokenizers.learn(worker))
