@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent / ".cache" / "peers-venv"
@@ -51,13 +52,13 @@ def build(peer: str) -> None:
     stamp_of(peer).write_text("\n".join(REQUIREMENTS[peer]))
 
 
-def ensure(*peers: str) -> None:
-    """Build what is missing of these peers (all of them when none is named)."""
-    for peer in peers or tuple(REQUIREMENTS):
+def ensure(peers: Iterable[str]) -> None:
+    """Build what is missing of these peers."""
+    for peer in peers:
         if not is_built(peer):
             print(f"building {peer} in {ROOT / peer}", flush=True)
             build(peer)
 
 
 if __name__ == "__main__":
-    ensure(*sys.argv[1:])
+    ensure(sys.argv[1:] or REQUIREMENTS)

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class HttpCaller:
         self, urls: Sequence[str], model: str, decorate: Decorate = leave_alone, *, stream_every: int = 8
     ) -> None:
         self._urls = itertools.cycle(urls)
-        self._model = model
+        self.model = model
         self._decorate = decorate
         self._stream_every = stream_every
         self._origin = time.perf_counter()
@@ -80,6 +80,7 @@ class HttpCaller:
         self.prompts: dict[bytes, int] = {}
         self.replies: dict[bytes, str] = {}
         self.failures: list[str] = []
+        self.finished: float | None = None  # `perf_counter` at the end of the batch, where its driver knows better
 
     def __repr__(self) -> str:
         return f"HttpCaller({len(self.records)} calls, {len(self.failures)} failed)"
@@ -98,7 +99,7 @@ class HttpCaller:
         """
         messages = list(call.messages)
         body: dict[str, Any] = {
-            "model": self._model,
+            "model": self.model,
             "messages": messages,
             "max_tokens": call.max_tokens,
             "temperature": 0,
@@ -108,8 +109,7 @@ class HttpCaller:
         if streamed:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         self._decorate(body, call)
-        key = orjson.dumps(messages)
-        self.prompts[key] = self.prompts.get(key, 0) + 1
+        key = self.note(call)
         payload = orjson.dumps(body)
         start = time.perf_counter() - self._origin
         for retry in range(len(_BACKOFF_S) + 1):
@@ -135,6 +135,41 @@ class HttpCaller:
             await asyncio.sleep(_BACKOFF_S[retry])
         self.failures.append(f"{call.run}/{call.node}: {status} {reply[:300]}")
         raise CallFailed(self.failures[-1])
+
+    def note(self, call: Call, reply: str | None = None) -> bytes:
+        """Count a prompt as sent; its key in `prompts`."""
+        key = orjson.dumps(list(call.messages))
+        self.prompts[key] = self.prompts.get(key, 0) + 1
+        if reply is not None:
+            self.replies[key] = reply
+        return key
+
+    async def post_json(self, path: str, body: object) -> dict[str, Any]:
+        """POST to the system itself (not counted as a call). Raises `CallFailed`."""
+        url = f"{next(self._urls)}{path}"
+        async with self._session.post(url, data=orjson.dumps(body)) as response:
+            return await self._json(response)
+
+    async def get_json(self, path: str) -> dict[str, Any]:
+        """GET from the system itself. Raises `CallFailed`."""
+        async with self._session.get(f"{next(self._urls)}{path}") as response:
+            return await self._json(response)
+
+    async def _json(self, response: aiohttp.ClientResponse) -> dict[str, Any]:
+        data = await response.read()
+        if response.status >= 400:
+            raise CallFailed(f"{response.url.path}: {response.status} {data[:300]!r}")
+        return dict(orjson.loads(data))
+
+    async def events(self, path: str) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        """The server-sent events of `path`, (name, data), until the server ends them."""
+        async with self._session.get(f"{next(self._urls)}{path}") as response:
+            name = "message"
+            async for line in _lines(response.content):
+                if line.startswith(b"event: "):
+                    name = line[7:].decode()
+                elif line.startswith(b"data: "):
+                    yield name, orjson.loads(line[6:])
 
     async def _attempt(self, payload: bytes, streamed: bool) -> tuple[int, str, float | None, str | None]:
         """(status, text or error, first token's time, cache header); a broken connection counts as 503."""
@@ -170,3 +205,12 @@ class HttpCaller:
                         first = time.perf_counter() - self._origin
                     parts.append(text)
         return "".join(parts), first
+
+
+async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Lines of any length (aiohttp's own iteration refuses long ones)."""
+    rest = b""
+    async for chunk in stream.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.rstrip(b"\r")

@@ -101,7 +101,8 @@ class Harness:
         measurements: list[Measurement] = []
         outputs: Outputs = {}
         seen: dict[bytes, int] = {}
-        inputs = plan.workload.make_inputs(Writer(plan.seed, self.writer_scale), plan.sizes, plan.batch)
+        writer = Writer(plan.seed, self.writer_scale)
+        inputs = plan.workload.make_inputs(writer, plan.sizes, plan.batch)
         for phase, runs in enumerate(inputs):
             before = await self.engines.wait_idle(self.session)
             cpu_before = cpu_seconds(server.pid) if server is not None else None
@@ -113,12 +114,17 @@ class Harness:
                 began = time.perf_counter()
                 try:
                     if system.plan:
-                        latencies = await plans.drive(caller, plan.workload, plan.sizes, urls[0], runs, name=name)
+                        latencies = await plans.drive(
+                            caller, plan.workload, plan.sizes, runs, writer=writer, name=name
+                        )
                     else:
                         latencies = await self._drive(caller, plan, runs, name)
+                except CallFailed as failure:
+                    latencies = {}
+                    caller.failures.append(str(failure))
                 finally:
                     ticker.cancel()
-                makespan = time.perf_counter() - began
+                makespan = (caller.finished or time.perf_counter()) - began
             cpu_after = cpu_seconds(server.pid) if server is not None else None
             after = await self.engines.wait_idle(self.session)
             outputs |= {(record.run, record.node): record.reply for record in caller.records}
@@ -218,7 +224,7 @@ def _measurement(
     proxy_cpu: float | None,
 ) -> Measurement:
     records = caller.records
-    calls = [record.end - record.start for record in records]
+    calls = [] if system.plan else [record.end - record.start for record in records]
     firsts = [record.first_token - record.start for record in records if record.first_token is not None]
     runs = list(latencies.values())
     work = [delta.computed_tokens + plan.decode_cost * delta.generated_tokens for delta in deltas]
@@ -231,12 +237,13 @@ def _measurement(
         runs=len(runs),
         calls=len(records),
         failed_calls=len(caller.failures),
+        first_failure=caller.failures[0] if caller.failures else None,
         retries=sum(record.retries for record in records),
         makespan=makespan,
         run_p50=quantile(runs, 0.5),
         run_p95=quantile(runs, 0.95),
-        call_p50=quantile(calls, 0.5),
-        call_p95=quantile(calls, 0.95),
+        call_p50=quantile(calls, 0.5) if calls else None,
+        call_p95=quantile(calls, 0.95) if calls else None,
         ttft_p50=quantile(firsts, 0.5) if firsts else None,
         ttft_p95=quantile(firsts, 0.95) if firsts else None,
         computed_tokens=sum(delta.computed_tokens for delta in deltas),

@@ -134,7 +134,7 @@ def summary(samples: list[Sample]) -> dict[str, dict[str, float]]:
 
 
 async def run(names: list[str], repeats: int, seconds: float, console: Console) -> dict[str, Any]:
-    build_peers.ensure(*{peer for name in names if (peer := _system(name).peer) is not None})
+    build_peers.ensure({peer for name in names if (peer := _system(name).peer) is not None})
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     stub = Server("stub", [sys.executable, "-m", "benchmarks.stub", "--port", str(port)], {}, f"{url}/health")

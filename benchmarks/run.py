@@ -92,7 +92,7 @@ async def execute(campaign: Campaign, console: Console) -> dict[str, Any]:
         StartFailed: engines did not come up. A *system* that does not is noted and left out.
     """
     chosen = {name: systems.find(name) for name in campaign.systems}
-    build_peers.ensure(*{s.peer for s in chosen.values() if s.peer is not None})
+    build_peers.ensure({s.peer for s in chosen.values() if s.peer is not None})
     timeout = aiohttp.ClientTimeout(total=60)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         console.print(f"starting {campaign.engines}")
@@ -162,6 +162,9 @@ async def _measure_all(
                         bars.advance(overall)
                     group += results
                     console.print(tables.line(results, time.perf_counter() - began))
+                    for m in results:
+                        if m.first_failure:
+                            notes.append(f"{m.shape} {m.system} #{m.repeat}: {m.first_failure}")
                 if outputs:
                     compare(outputs, group)
                 measured += group

@@ -22,12 +22,14 @@ class Measurement:
     runs: int
     calls: int
     failed_calls: int
+    first_failure: str | None
     retries: int
     makespan: float
     run_p50: float
     run_p95: float
-    call_p50: float
-    call_p95: float
+    call_p50: float | None
+    """None for submitted plans, whose calls the client does not see."""
+    call_p95: float | None
     ttft_p50: float | None
     """Of the streamed sample of calls; None for submitted plans."""
     ttft_p95: float | None
@@ -96,8 +98,8 @@ class Row:
     makespan_low: float
     makespan_high: float
     run_p95: float
-    call_p50: float
-    call_p95: float
+    call_p50: float | None
+    call_p95: float | None
     ttft_p50: float | None
     over_minimum: float
     balance: float
@@ -134,8 +136,8 @@ def rows(measurements: Sequence[Measurement]) -> list[Row]:
                 makespan_low=min(spans),
                 makespan_high=max(spans),
                 run_p95=median(m.run_p95 for m in group),
-                call_p50=median(m.call_p50 for m in group),
-                call_p95=median(m.call_p95 for m in group),
+                call_p50=_median(m.call_p50 for m in group),
+                call_p95=_median(m.call_p95 for m in group),
                 ttft_p50=_median(m.ttft_p50 for m in group),
                 over_minimum=median(m.over_minimum for m in group),
                 balance=median(m.balance for m in group),

@@ -118,6 +118,17 @@ def _litellm(engines: Engines, port: int) -> list[str]:
     return [*line, "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
 
 
+_ABLATIONS: dict[str, dict[str, str]] = {
+    "passthrough": {"MODE": "passthrough"},
+    "no-placement": {"DISPATCH__PLACEMENT": "least-loaded"},
+    "no-ordering": {"DISPATCH__ORDERING": "fifo"},
+    "no-admission": {"DISPATCH__ADMISSION": "false"},
+    "no-kv-share": {"DISPATCH__KV_SHARE": "1.0"},
+    "no-reuse": {"REUSE__ENABLED": "false", "REUSE__COALESCE": "false"},
+    "no-templates": {"WORKFLOW__TEMPLATES": "false"},
+}
+"""Settings that turn one thing off, by what is turned off; `passthrough` turns off everything."""
+
 _OURS = System("helium", "helium", _helium, ready="/ready", decorate=tag)
 
 SYSTEMS: dict[str, System] = {
@@ -151,6 +162,10 @@ SYSTEMS: dict[str, System] = {
         _OURS,
         replace(_OURS, name="helium-untagged", decorate=leave_alone),
         replace(_OURS, name="helium-plan", plan=True),
+        *(
+            replace(_OURS, name=f"helium-{name}", env={f"HELIUM_{key}": value for key, value in settings.items()})
+            for name, settings in _ABLATIONS.items()
+        ),
     )
 }
 """Round robin counts as a peer when the best peer is sought: it is what a plain load balancer does."""

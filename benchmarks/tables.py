@@ -34,7 +34,7 @@ def _row(row: Row, ratio: float | None) -> tuple[str, ...]:
         f"{row.makespan:.2f} ({row.makespan_low:.2f}-{row.makespan_high:.2f})",
         _number(ratio),
         _number(row.run_p95),
-        f"{row.call_p50:.2f}/{row.call_p95:.2f}",
+        f"{_number(row.call_p50)}/{_number(row.call_p95)}",
         _number(row.ttft_p50),
         _number(row.over_minimum),
         _number(row.balance),

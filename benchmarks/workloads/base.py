@@ -191,16 +191,15 @@ class _Tracer:
 
 
 async def export_plan(
-    workload: Workload, sizes: Sizes, writer: Writer, *, batch: int, model: str, phase: int = 0
+    workload: Workload, sizes: Sizes, writer: Writer, *, inputs: Sequence[Inputs], model: str
 ) -> dict[str, Any]:
-    """The workload's batch as the JSON of ``POST /v1/workflows``.
+    """A batch of the workload, one phase's inputs, as the JSON of ``POST /v1/workflows``.
 
     Raises:
         ValueError: the workload's calls are decided at run time, so that no plan describes it.
     """
     if not workload.planned:
         raise ValueError(f"{workload.name} is decided at run time and cannot be submitted as a plan")
-    inputs = workload.make_inputs(writer, sizes, batch)[phase]
     placeholders = {name: f"{{{{inputs.{name}}}}}" for name in inputs[0]}
     tracer = _Tracer()
     roles = Roles(workload.name, sizes, writer)
@@ -218,5 +217,5 @@ async def export_plan(
             for call in tracer.calls
         ],
         "outputs": [call.node for call in tracer.calls if call.node not in consumed],
-        "inputs": inputs,
+        "inputs": list(inputs),
     }

@@ -20,7 +20,16 @@ def measurement(system: str, makespan: float, **fields: Any) -> Measurement:
     values: dict[str, Any] = dict.fromkeys(
         ("run_p50", "run_p95", "call_p50", "call_p95", "computed_tokens", "generated_tokens", "cached_tokens"), 1.0
     )
-    values |= {"shape": "debate", "repeat": 0, "phase": 0, "runs": 1, "calls": 6, "failed_calls": 0, "retries": 0}
+    values |= {
+        "shape": "debate",
+        "repeat": 0,
+        "phase": 0,
+        "runs": 1,
+        "calls": 6,
+        "failed_calls": 0,
+        "first_failure": None,
+        "retries": 0,
+    }
     values |= {"minimum_tokens": 1, "minimum_without_reuse": 1, "balance": 1.0, "preemptions": 0.0}
     values |= {"ttft_p50": None, "ttft_p95": None, "reused_calls": 0, "proxy_cpu": None}
     return Measurement(**(values | {"system": system, "family": family, "makespan": makespan} | fields))

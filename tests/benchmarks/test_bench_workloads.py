@@ -92,13 +92,14 @@ async def test_parents_are_where_the_text_came_from(name: str) -> None:
 async def test_plan_is_the_program(name: str) -> None:
     """Filling in a plan's templates gives exactly the prompts that the program sends."""
     workload = WORKLOADS[name]
-    plan = await export_plan(workload, SIZE, Writer(1), batch=2, model="demo")
+    inputs = workload.make_inputs(Writer(1), SIZE, 2)[0]
+    plan = await export_plan(workload, SIZE, Writer(1), inputs=inputs, model="demo")
     sent = {(call.run, call.node): call for call in await play(workload, 2) if call.run.startswith("0-")}
     assert len(plan["nodes"]) == workload.calls_per_run
-    for index, inputs in enumerate(plan["inputs"]):
+    for index, given in enumerate(plan["inputs"]):
         replies: dict[str, str] = {}
 
-        def fill(text: str, inputs: dict[str, str] = inputs, replies: dict[str, str] = replies) -> str:
+        def fill(text: str, inputs: dict[str, str] = given, replies: dict[str, str] = replies) -> str:
             return re.sub(
                 r"\{\{(inputs|nodes)\.(\w+)\}\}",
                 lambda found: (inputs if found[1] == "inputs" else replies)[found[2]],
@@ -115,7 +116,7 @@ async def test_plan_is_the_program(name: str) -> None:
 
 async def test_what_is_decided_at_run_time_has_no_plan() -> None:
     with pytest.raises(ValueError, match="decided at run time"):
-        await export_plan(WORKLOADS["tree_search"], SIZE, Writer(1), batch=1, model="demo")
+        await export_plan(WORKLOADS["tree_search"], SIZE, Writer(1), inputs=[{"context": "x"}], model="demo")
 
 
 def test_second_day_repeats_half_of_the_companies() -> None:
