@@ -310,8 +310,8 @@ class Runs:
         template = self._templates.peek(run.template)
         if template is not None:
             template.close(run)
-            if not run.named and template.runs == 1 and len(run.calls) == 1:
-                self._templates.drop(run.template)  # a single call is no workflow until it recurs
+            if not run.named and template.single:
+                self._templates.drop(run.template)  # a call is no workflow until it recurs
             else:
                 self._templates.touch(run.template, now)
 

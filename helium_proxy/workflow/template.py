@@ -241,6 +241,11 @@ class Template:
         run.root_keys.clear()
 
     @property
+    def single(self) -> bool:
+        """Whether all it has ever seen is one run of one call."""
+        return self.runs == 1 and sum(stats.calls for stats in self.nodes.values()) <= 1
+
+    @property
     def young(self) -> bool:
         """Whether nothing can be predicted yet: there is a first call, and that is all."""
         return not self.runs and len(self.nodes) <= 2 and all(stats.calls <= 1 for stats in self.nodes.values())
