@@ -128,7 +128,8 @@ def _response_events(answer: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield {"type": f"{kind}.delta", **at, "delta": whole}
                 yield {"type": f"{kind}.done", **at, "arguments": whole, "name": name}
         yield {"type": "response.output_item.done", "output_index": index, "item": item}
-    yield {"type": f"response.{answer.get('status', 'completed')}", "response": answer}
+    # As vLLM ends it, also where max_output_tokens cut it: openai-python takes nothing else for the end.
+    yield {"type": "response.completed", "response": answer}
 
 
 _MESSAGE_PARTS = {"output_text": ("output_text", "text"), "refusal": ("refusal", "refusal")}

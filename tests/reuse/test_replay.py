@@ -245,14 +245,17 @@ def test_openai_reads_a_chat_replay(name: str) -> None:
     assert final.usage.total_tokens == 16
 
 
-def test_openai_reads_a_responses_replay() -> None:
-    entry = kept(*ANSWERS["responses"])
+@pytest.mark.parametrize("status", ["completed", "incomplete"])
+def test_openai_reads_a_responses_replay(status: str) -> None:
+    route, answer = ANSWERS["responses"]
+    details = {"reason": "max_output_tokens"} if status == "incomplete" else None
+    entry = kept(route, {**answer, "status": status, "incomplete_details": details})
     client = _client(as_sse(entry, "new", 1), as_json(entry, "new", 1))
     with client, client.responses.stream(model="demo", input="x") as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_response()
     assert (kinds[0], kinds[-1]) == ("response.created", "response.completed")
-    assert (final.id, final.output_text) == ("new", "Grüße")
+    assert (final.id, final.status, final.output_text) == ("new", status, "Grüße")
     assert [item.type for item in final.output] == ["reasoning", "message", "function_call"]
 
 
