@@ -31,6 +31,7 @@ class Sizes:
 
 SIZES: dict[str, Sizes] = {
     "tiny": Sizes(96, 64, 16, 8),
+    "compact": Sizes(192, 160, 32, 16),
     "small": Sizes(384, 512, 64, 32),
     "P1": Sizes(1024, 128, 128, 64),
     "P2": Sizes(1024, 512, 512, 256),
@@ -39,7 +40,8 @@ SIZES: dict[str, Sizes] = {
     "P5": Sizes(2048, 1024, 1024, 512),
     "P6": Sizes(2048, 2048, 2048, 1024),
 }
-"""The paper's grid P1-P6; ``small`` for CPU engines with 96 KV blocks of 128 tokens; ``tiny`` for tests."""
+"""The paper's grid P1-P6; ``small`` for CPU engines with 96 KV blocks of 128 tokens, ``compact`` for slow ones with
+blocks of 32; ``tiny`` for tests."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,117 @@
+"""The campaigns whose results are published.
+
+``full`` is meant to fit into half an hour on two cores and ``quick`` into five minutes; both are the same code. Real
+engines are slow without a GPU, so that their KV and the prompts are scaled down together: a batch's working set stays
+several times what the engines hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .engines import EngineOptions
+from .run import Campaign
+from .workloads import PAPER_SHAPES
+
+_VLLM = Campaign(
+    engines="vllm:2",
+    options=EngineOptions(blocks=96, block_size=32, kv_events=True),
+    shapes=PAPER_SHAPES,
+    systems=("rr", "sglang", "vllm-router", "vllm-router-kv", "vllm-router-program", "helium", "helium-plan"),
+    sizes="compact",
+    repeats=3,
+    batch=None,
+    scale=0.5,
+    seed=1,
+    time_scale=1.0,
+    stream_every=8,
+    warmup=0,
+    decode_cost=1.5,
+)
+"""Two real vLLM CPU engines. A token costs about 0.8 ms to prefill and 1.3 ms to decode in a batch."""
+
+_H100 = replace(
+    _VLLM,
+    engines="embedded:8",
+    options=EngineOptions(profile="h100-8b", blocks=1024, block_size=16, kv_events=True),
+    systems=("rr", "sglang", "vllm-router", "vllm-router-kv", "vllm-router-program", "helium", "helium-plan"),
+    sizes="P1",
+    scale=4.0,
+    decode_cost=3.0,
+)
+"""Eight embedded engines at an H100's rates, in real time."""
+
+_TWO_DAY = replace(
+    _VLLM,
+    engines="embedded:2",
+    options=EngineOptions(profile="cpu-tiny", blocks=96),
+    shapes=("two_day",),
+    systems=("rr", "sglang", "vllm-router", "helium", "helium-plan"),
+    sizes="small",
+    scale=0.5,
+    decode_cost=3.0,
+)
+
+_AGENTS = replace(
+    _TWO_DAY,
+    shapes=("tool_loop", "tree_search", "retrieval", "mixed", "open_poisson", "open_bursts"),
+    systems=("rr", "sglang", "vllm-router", "helium", "helium-untagged"),
+    scale=0.5,
+)
+
+_ABLATION = replace(
+    _VLLM,
+    engines="embedded:2",
+    options=EngineOptions(profile="cpu-tiny", blocks=96),
+    shapes=("trading", "debate", "parallel_chains"),
+    systems=(
+        "rr",
+        "helium",
+        "helium-untagged",
+        "helium-no-placement",
+        "helium-no-ordering",
+        "helium-no-admission",
+        "helium-no-kv-share",
+        "helium-no-templates",
+        "helium-passthrough",
+    ),
+    sizes="small",
+    scale=0.5,
+    decode_cost=3.0,
+)
+
+_ONE_WORKER = replace(
+    _TWO_DAY,
+    engines="embedded:1",
+    options=EngineOptions(profile="cpu-tiny", blocks=512),
+    shapes=("retrieval",),
+    systems=("rr", "helium", "helium-passthrough"),
+    sizes="tiny",
+    repeats=5,
+)
+"""Where there is nothing to gain: one worker that holds everything."""
+
+CAMPAIGNS: dict[str, Campaign] = {
+    "vllm": _VLLM,
+    "h100": _H100,
+    "two_day": _TWO_DAY,
+    "agents": _AGENTS,
+    "ablation": _ABLATION,
+    "one_worker": _ONE_WORKER,
+}
+
+FULL = ("vllm", "h100", "two_day", "one_worker")
+"""What ``--run full`` measures; ``--run publish`` measures every campaign."""
+
+
+def quick() -> dict[str, Campaign]:
+    """Embedded engines only, once, small batches."""
+    return {
+        "quick": replace(
+            _TWO_DAY,
+            shapes=PAPER_SHAPES,
+            systems=("rr", "sglang", "vllm-router", "helium"),
+            repeats=1,
+            scale=0.12,
+        )
+    }

@@ -1,0 +1,137 @@
+"""The report, `docs/benchmarks.md`, from the result files: ``python -m benchmarks.report [--run full|quick]``.
+
+Without ``--run`` it is regenerated from what is in ``benchmarks/results``. With ``--run`` the measurements are made
+first: ``quick`` writes ``quick.json`` and its own section only, and leaves the published results alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from . import campaigns, overhead, sections, tables
+from .process import ROOT
+from .run import RESULTS, execute, save
+from .stats import Measurement
+
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+PLOTS = ROOT / "docs" / "benchmarks"
+
+_HEAD = """# Benchmarks
+
+Everything here is generated from the result files in `benchmarks/results` by `python -m benchmarks.report`; `make
+bench` measures anew and regenerates it, `make bench-quick` looks at the same shapes in five minutes.
+
+How it is measured: all systems of a table run on the same engines in one go, interleaved, in an order that rotates
+from repeat to repeat; each is started fresh and the engines' prefix caches are dropped before every measurement.
+The client is plain async code that puts replies into later prompts. *Best peer* is the fastest system that is not
+helium-proxy on that shape, client-side round robin included. *Tokens ÷ fewest* is what the engines computed of the
+prompts, by their own counters (prewarming included), over the fewest that any schedule must compute: every distinct
+full block once and every distinct prompt's tail. *Busiest ÷ mean* compares the workers' work (prompt tokens
+computed plus generated tokens at what they cost). Figures are medians, ranges are lowest to highest. *Outputs
+differ* counts calls whose reply is not the direct run's.
+"""
+
+_SECTIONS: tuple[sections.Section, ...] = (
+    sections.campaign_section(
+        "vllm",
+        "Six shapes on real vLLM",
+        "Two real vLLM CPU engines (float32, greedy), the paper's six shapes.",
+    ),
+    sections.campaign_section(
+        "h100",
+        "Six shapes on eight engines at an H100's rates",
+        "Embedded engines in real time behind the same real peers. Their rates are a roofline of published figures: "
+        "the times are not a GPU's, but what differs between the systems is the schedule.",
+    ),
+    sections.campaign_section(
+        "two_day",
+        "Two-day Trading",
+        "On the second day all inputs are as before for half of the companies, and the fundamentals for all.",
+    ),
+    sections.campaign_section(
+        "agents",
+        "Agent traffic that the paper lacks",
+        "Tool loops with think times, tree search with pruned branches, retrieval over shared documents, mixed "
+        "tenants, open-loop arrivals.",
+    ),
+    sections.ablation,
+    sections.campaign_section(
+        "one_worker",
+        "One worker that holds everything",
+        "Nothing can be gained here; what is measured is what it costs to have the proxy in the way.",
+    ),
+    sections.overhead,
+    sections.optimality,
+    sections.calibration,
+    sections.paper,
+)
+
+
+def render(results: sections.Results) -> str:
+    """The document; plots are written to `PLOTS`."""
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    parts = [section(results, PLOTS) for section in _SECTIONS]
+    return "\n\n".join([_HEAD.strip(), *(part for part in parts if part), _gpu(results)]) + "\n"
+
+
+def _gpu(results: sections.Results) -> str:
+    if "gpu" in results:
+        return sections.campaign_section("gpu", "On a GPU", "Two vLLM engines share one GPU.")(results, PLOTS)
+    return (
+        "## On a GPU\n\n**Not run.** `benchmarks/gpu/run.sh` does it on a machine with a GPU and vLLM: two engines "
+        "with random weights of Qwen3-8B's shape, the same harness."
+    )
+
+
+def load() -> sections.Results:
+    """Every result file but the quick one."""
+    return {
+        path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")) if path.stem != "quick"
+    }
+
+
+def measure(kind: str, console: Console) -> None:
+    """Make the measurements of `kind` and save them."""
+    chosen = campaigns.CAMPAIGNS
+    if kind == "quick":
+        chosen = campaigns.quick()
+    elif kind == "full":
+        chosen = {name: chosen[name] for name in campaigns.FULL}
+    for name, campaign in chosen.items():
+        console.rule(name)
+        result = asyncio.run(execute(campaign, console))
+        tables.show(console, [Measurement(**m) for m in result["measurements"]])
+        for note in result["notes"]:
+            console.print(f"[yellow]{note}")
+        save(result, name)
+    console.rule("overhead")
+    names = ["direct", "bare", "helium", "vllm-router", *(["litellm"] if kind != "quick" else [])]
+    repeats, seconds = (1, 2.0) if kind == "quick" else (3, 4.0)
+    found = asyncio.run(overhead.run(names, repeats, seconds, console))
+    overhead.show(console, found)
+    if kind != "quick":
+        save(found, "overhead")
+
+
+@click.command()
+@click.option("--run", "kind", type=click.Choice(["full", "quick", "publish"]), help="Measure first.")
+def main(kind: str | None) -> None:
+    """Regenerate the report; with --run, measure first."""
+    console = Console(width=None if sys.stdout.isatty() else 190)
+    began = time.monotonic()
+    if kind is not None:
+        measure(kind, console)
+    DOCUMENT.write_text(render(load()))
+    relative: Path = DOCUMENT.relative_to(ROOT)
+    console.print(f"wrote {relative} after {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""The report's sections: each a function of the result files, to Markdown. No figure is written by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .stats import Measurement, Row, best_peers, geometric_mean, rows, speedups
+from .workloads import PAPER_SHAPES
+
+Results = dict[str, dict[str, Any]]
+"""Result file's name without its ending -> its content."""
+
+Section = Callable[[Results, Path], str]
+"""(results, folder for plots) -> Markdown; empty when the results it needs are not there."""
+
+
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in body]
+    return "\n".join(lines)
+
+
+def table_of(result: dict[str, Any]) -> list[Row]:
+    return rows([Measurement(**measured) for measured in result["measurements"]])
+
+
+def setting(result: dict[str, Any]) -> str:
+    """Where and how a campaign ran, in a sentence or two."""
+    about = result["about"]
+    campaign, sizes = about["campaign"], about["prompt_sizes"]
+    kv = about["num_blocks"] * about["block_size"]
+    options = campaign["options"]
+    speed = ""
+    if campaign["engines"].startswith("embedded"):
+        scale = "" if options["time_scale"] == 1.0 else f" at {options['time_scale']:g} of real time"
+        speed = f", profile `{options['profile']}`{scale}"
+    return (
+        f"Engines: `{campaign['engines']}`{speed}, each with {about['num_blocks']} KV blocks of "
+        f"{about['block_size']} tokens ({kv:,}). Prompts in tokens: static {sizes['static']}, context "
+        f"{sizes['context']}, question {sizes['question']}, output {sizes['output']}. {campaign['repeats']} interleaved repeats. "
+        f"{about['cpu']}, {about['cores']} cores; {about['date'][:10]}, commit `{about['commit']}`."
+    )
+
+
+def _name(row: Row) -> str:
+    name = row.shape.replace("_", " ")
+    return name if row.phase == 0 else f"{name}, day {row.phase + 1}"
+
+
+def _cell(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _whole(table: Sequence[Row]) -> str:
+    ratios = speedups(table)
+    body = []
+    for row in table:
+        ratio = ratios.get(row.system, {}).get((row.shape, row.phase))
+        name = f"**{row.system}**" if row.family == "helium" else row.system
+        differ = "–" if row.outputs_differ is None else str(row.outputs_differ)
+        body.append(
+            [
+                _name(row),
+                name,
+                f"{row.makespan:.2f} ({row.makespan_low:.2f}–{row.makespan_high:.2f})",
+                _cell(ratio),
+                _cell(row.run_p95),
+                f"{_cell(row.call_p50)} / {_cell(row.call_p95)}",
+                _cell(row.ttft_p50),
+                _cell(row.over_minimum),
+                _cell(row.balance),
+                f"{row.preemptions:.0f}",
+                differ,
+                _cell(row.proxy_cpu, 1),
+            ]
+            + ([f"{row.failed_calls} calls failed"] if row.failed_calls else [""])
+        )
+    head = ["shape", "system", "makespan s (range)", "× best peer", "run p95 s", "call p50 / p95 s", "TTFT p50 s"]
+    head += ["tokens ÷ fewest", "busiest ÷ mean", "preempted", "outputs differ", "proxy CPU s", ""]
+    return "<details><summary>All figures</summary>\n\n" + markdown_table(head, body) + "\n\n</details>"
+
+
+def _means(table: Sequence[Row]) -> str:
+    """One line per system of ours: geometric mean over the best peer, worst and best shape."""
+    lines = []
+    ours = dict.fromkeys(row.system for row in table if row.family == "helium")
+    for system, by_shape in speedups(table).items():
+        if system not in ours:
+            continue
+        worst = min(by_shape, key=lambda key: by_shape[key])
+        best = max(by_shape, key=lambda key: by_shape[key])
+        mine = [row for row in table if row.system == system]
+        lines.append(
+            f"- **{system}**: geometric mean **{geometric_mean(by_shape.values()):.2f} ×** over the best peer of "
+            f"each shape, least {by_shape[worst]:.2f} × ({worst[0].replace('_', ' ')}), most "
+            f"{by_shape[best]:.2f} × ({best[0].replace('_', ' ')}); tokens at most "
+            f"{max(row.over_minimum for row in mine):.2f} × the fewest, busiest worker at most {max(row.balance for row in mine):.2f} × the mean, "
+            f"{max(row.preemptions for row in mine):.0f} preemptions."
+        )
+    return "\n".join(lines)
+
+
+def _no_gain(table: Sequence[Row]) -> str:
+    """Where ours is not ahead, plainly."""
+    best = best_peers(table)
+    lost = [
+        f"{_name(row)} ({row.system}: {best[row.shape, row.phase].makespan / row.makespan:.2f} × over "
+        f"{best[row.shape, row.phase].system})"
+        for row in table
+        if row.family == "helium"
+        and (row.shape, row.phase) in best
+        and best[row.shape, row.phase].makespan < 1.02 * row.makespan
+    ]
+    return f"\nNo gain (within 2% of the best peer, or behind it): {'; '.join(lost)}." if lost else ""
+
+
+def campaign_section(name: str, title: str, lead: str) -> Section:
+    """The usual section of a campaign: setting, means, plots, all figures."""
+
+    def section(results: Results, folder: Path) -> str:
+        if name not in results:
+            return f"## {title}\n\n{lead}\n\nNot measured in this run."
+        result = results[name]
+        table = table_of(result)
+        plots.bars(table, "makespan", "makespan, s", folder / f"{name}-makespan.svg")
+        plots.bars(table, "over_minimum", "prompt tokens ÷ fewest", folder / f"{name}-tokens.svg", line=1.0)
+        notes = "".join(f"\n- {note}" for note in result["notes"])
+        return (
+            f"## {title}\n\n{lead}\n\n{setting(result)}\n\n{_means(table)}{_no_gain(table)}\n\n"
+            f"![makespan](benchmarks/{name}-makespan.svg)\n\n![tokens computed](benchmarks/{name}-tokens.svg)\n\n"
+            f"{_whole(table)}" + (f"\n\nNotes:{notes}" if notes else "")
+        )
+
+    return section
+
+
+def ablation(results: Results, folder: Path) -> str:
+    """What each part is worth: makespans relative to everything on."""
+    if "ablation" not in results:
+        return ""
+    table = table_of(results["ablation"])
+    base = {(row.shape, row.phase): row for row in table if row.system == "helium"}
+    systems = [s for s in dict.fromkeys(row.system for row in table) if s != "helium"]
+    shapes = list(base)
+    body = []
+    for system in systems:
+        cells = [system]
+        for key in shapes:
+            row = next((r for r in table if r.system == system and (r.shape, r.phase) == key), None)
+            cells.append(
+                "–"
+                if row is None
+                else f"{100 * (row.makespan / base[key].makespan - 1):+.0f}%, {row.over_minimum:.2f}"
+            )
+        body.append(cells)
+    head = ["without", *(f"{shape.replace('_', ' ')}: makespan, tokens ÷ fewest" for shape, _ in shapes)]
+    return (
+        "## What each part is worth\n\nMakespan relative to everything on (tagged), one switch turned off at a time; "
+        f"with everything on, tokens ÷ fewest are {', '.join(_cell(base[key].over_minimum) for key in shapes)}. "
+        f"{setting(results['ablation'])}\n\n{markdown_table(head, body)}"
+    )
+
+
+def overhead(results: Results, folder: Path) -> str:
+    if "overhead" not in results:
+        return "## Overhead\n\nNot measured in this run."
+    result = results["overhead"]
+    summary = result["summary"]
+    body = [
+        [
+            f"**{name}**" if name == "helium" else name,
+            f"{row['rate']:,.0f}",
+            f"{row['single_p50_ms']:.2f}",
+            f"{row['added_p50_ms']:+.2f}",
+            f"{row['chunk_p50_ms']:.3f}",
+            f"{row['chunk_added_p50_ms']:+.3f}",
+        ]
+        for name, row in summary.items()
+    ]
+    head = ["system", "requests/s, 32 connections", "p50 ms, 1 connection", "added ms"]
+    head += ["chunk's age p50 ms", "added ms"]
+    lines = []
+    if "helium" in summary and "bare" in summary:
+        ours, bare = summary["helium"], summary["bare"]
+        lines.append(
+            f"Against the bare proxy: {ours['rate'] / bare['rate']:.0%} of its requests/s, "
+            f"{ours['single_p50_ms'] - bare['single_p50_ms']:+.2f} ms at one connection, "
+            f"{ours['chunk_p50_ms'] - bare['chunk_p50_ms']:+.3f} ms a chunk."
+        )
+    if "helium" in summary and "litellm" in summary:
+        lines.append(f"{summary['helium']['rate'] / summary['litellm']['rate']:.0f} × LiteLLM's requests/s.")
+    for sample in result["samples"]:
+        if sample["memory_mib"]:
+            early, late = sample["memory_mib"]
+            lines.append(f"Resident memory: {early:.0f} MiB after 1,000 calls, {late:.0f} MiB after 10,000.")
+    about = result["about"]
+    return (
+        "## Overhead\n\nOne zero-latency upstream, bodies of 4 kB, one process each, interleaved; every call tagged "
+        "and unlike any other, all features on. Load generator, upstream and proxy share the machine's "
+        f"{about['cores']} cores. Streams: 64 at 50 chunks/s. Medians of {about['campaign']['repeats']} repeats, "
+        f"{about['date'][:10]}, commit `{about['commit']}`.\n\n{markdown_table(head, body)}\n\n{' '.join(lines)}"
+    )
+
+
+def optimality(results: Results, folder: Path) -> str:
+    if "optimality" not in results:
+        return ""
+    found = results["optimality"]["summary"]
+    return (
+        "## Optimality\n\nSubmitted plans' schedules against a MILP of the same cost model (HiGHS) on "
+        f"{found['instances']} small instances ({found['proven']} solved to proven optimality): gap on average "
+        f"{100 * found['gap_mean']:.2f}%, at most {100 * found['gap_max']:.2f}% (the paper's: 0.9% and 3.6%); the "
+        f"greedy solver alone {100 * found['greedy_gap_mean']:.1f}% and {100 * found['greedy_gap_max']:.1f}%."
+    )
+
+
+def calibration(results: Results, folder: Path) -> str:
+    if "calibration" not in results:
+        return ""
+    found = results["calibration"]
+    errors = [abs(point["error"]) for point in found["fitted_to"].values() if "error" in point]
+    text = (
+        "## How far the embedded engine can be trusted\n\nFitted to a real vLLM CPU engine "
+        f"({found['engine']['vllm']}): step times within {100 * max(errors):.0f}% at worst, "
+        f"{100 * sorted(errors)[len(errors) // 2]:.0f}% at the median."
+    )
+    check = results.get("calibration_shapes")
+    if check:
+        body = [
+            [shape.replace("_", " "), f"{row['real']:.2f}", f"{row['simulated']:.2f}", f"{row['error']:+.1%}"]
+            for shape, row in check["shapes"].items()
+        ]
+        text += (
+            "\n\nMakespans of the six shapes, direct round robin, on two real engines and on two embedded ones:\n\n"
+        )
+        text += markdown_table(["shape", "real s", "embedded s", "error"], body)
+    return text
+
+
+_PAPER = {
+    "makespan over the best peer, primitive workflows": "1.09–1.56 × over the best of its baselines, KVFlow 1.32 ×",
+    "Trading over the best peer": "1.34 × (KVFlow)",
+    "optimality gap, average / largest": "0.9% / 3.6%",
+    "planning, Trading × 16 (1,408 calls)": "under 230 ms",
+}
+
+
+def paper(results: Results, folder: Path) -> str:
+    """Its figures beside ours."""
+    body = []
+    for name in ("vllm", "h100"):
+        if name not in results:
+            continue
+        table = table_of(results[name])
+        for system in dict.fromkeys(row.system for row in table if row.family == "helium"):
+            ratio = speedups(table).get(system, {})
+            primitive = [ratio[s, 0] for s in PAPER_SHAPES if s != "trading" and (s, 0) in ratio]
+            where = f"{system}, {results[name]['about']['campaign']['engines']}"
+            if primitive:
+                body.append(
+                    [
+                        f"five primitive shapes over the best peer: {where}",
+                        _PAPER["makespan over the best peer, primitive workflows"],
+                        f"{geometric_mean(primitive):.2f} × ({min(primitive):.2f}–{max(primitive):.2f})",
+                    ]
+                )
+            if ("trading", 0) in ratio:
+                body.append(
+                    [f"Trading: {where}", _PAPER["Trading over the best peer"], f"{ratio['trading', 0]:.2f} ×"]
+                )
+    if "optimality" in results:
+        found = results["optimality"]["summary"]
+        body.append(
+            [
+                "optimality gap, average / largest",
+                _PAPER["optimality gap, average / largest"],
+                f"{100 * found['gap_mean']:.2f}% / {100 * found['gap_max']:.2f}%",
+            ]
+        )
+    if "planning" in results:
+        found = results["planning"]
+        body.append(
+            [
+                "planning, Trading × 16 (1,408 calls)",
+                _PAPER["planning, Trading × 16 (1,408 calls)"],
+                f"{found['plan_ms']:.0f} ms",
+            ]
+        )
+    if not body:
+        return ""
+    return (
+        "## Beside the paper\n\nThe paper (arXiv 2603.16104) measures its own runtime with a patched vLLM 0.16 on "
+        "two H100 NVL with Qwen3-8B/14B, against other *frameworks*; we measure a proxy in front of stock vLLM "
+        "against other *routers*, on the engines named, with the same shapes and smaller prompts. The figures are therefore "
+        f"not the same experiment.\n\n{markdown_table(['figure', 'paper', 'here'], body)}"
+    )
