@@ -102,7 +102,7 @@ class LlmRoutes:
         """Around every request: drain, key, errors in OpenAI's form, the count of requests in flight."""
         services = self._services
         headers = header_map(scope)
-        status = 200
+        status = 0  # 0: no answer has begun
         limit = services.settings.server.max_header_bytes
 
         async def counted(message: Any) -> None:
@@ -110,6 +110,13 @@ class LlmRoutes:
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
+
+        async def fail(error: HeliumError) -> None:
+            nonlocal status
+            if status:  # too late for an answer of ours: the connection is cut, so that nobody takes it for whole
+                raise error
+            status = error.status
+            await send_error(send, error, _request_id(headers))
 
         services.in_flight += 1
         try:
@@ -122,11 +129,12 @@ class LlmRoutes:
         except ClientGone:
             status = 499
         except HeliumError as error:
-            status = error.status
-            await send_error(send, error, _request_id(headers))
+            await fail(error)
         except SendFailed as error:
-            status = 502
-            await send_error(send, UpstreamFailed(str(error)), _request_id(headers))
+            await fail(UpstreamFailed(f"the worker gave no answer ({error.kind})"))
+        except Exception:
+            log.exception("request failed", path=scope["path"])
+            await fail(HeliumError("internal error"))
         finally:
             services.in_flight -= 1
             route = scope["path"] if scope["path"] in PLANNED else "other"
@@ -143,7 +151,7 @@ class LlmRoutes:
         body = _parse(raw)
         model = self._model(body)
         if body is None or model is None:
-            await while_connected(receive, lambda: self._pass(scope, raw, headers, self._any(None), send))
+            await while_connected(receive, lambda: self._pass(scope, raw, headers, self._able(None)[0], send))
             return
         ticket = self.ticket(scope["path"], _path(scope), raw, body, model, headers, principal, arrived)
         metrics.OVERHEAD.observe(services.clock() - arrived)
@@ -175,8 +183,8 @@ class LlmRoutes:
     ) -> Ticket:
         """The call of a parsed request. Raises InvalidRequest for bad tags in strict mode only."""
         services, settings = self._services, self._services.settings
-        given = headers.get("x-request-id", "")
-        request_id = given if _SAFE_ID.match(given) else uuid.uuid4().hex
+        given = headers.get("x-request-id") or body.get("request_id")
+        request_id = given if isinstance(given, str) and _SAFE_ID.match(given) else uuid.uuid4().hex
         request = CallRequest(
             id=ID_PREFIX.get(route, "") + request_id,
             tenant=principal.tenant,
@@ -203,10 +211,21 @@ class LlmRoutes:
         ticket.prefer = services.owners.get(previous) if isinstance(previous, str) else prefer
         if settings.auth.salt_tenants:
             ticket.salt = f"helium-{principal.tenant}"
-        reuse = settings.reuse
-        if (reuse.enabled or reuse.coalesce) and cacheable(body, route):
-            ticket.key = cache_key(principal.tenant, model, path, body)
+        ticket.key = self._key(ticket)
         return ticket
+
+    def _key(self, ticket: Ticket) -> bytes | None:
+        """Under which equal calls meet; None: this one is answered alone."""
+        reuse, request = self._services.settings.reuse, ticket.request
+        if not (reuse.enabled or reuse.coalesce) or not ticket.plain:
+            return None
+        try:
+            if cacheable(request.body, request.route):
+                return cache_key(request.tenant, request.model, ticket.path, request.body)
+        except Exception:
+            log.exception("reuse failed; the call passes through")
+            metrics.FAIL_OPEN.labels("reuse").inc()
+        return None
 
     async def _answer(self, ticket: Ticket, send: Send, timeout: float) -> None:
         started = False
@@ -241,7 +260,8 @@ class LlmRoutes:
             await send({"type": "http.response.body", "body": b""})
 
     async def _relay(self, ticket: Ticket, served: Served, send: Send) -> None:
-        headers = [*served.headers, *self._own_headers(ticket, served)]
+        theirs = [(k, v) for k, v in served.headers if k != b"x-request-id"]
+        headers = [*theirs, *self._own_headers(ticket, served)]
         if served.status >= 400:
             report(self._services, ticket, "error", Reply(), status=served.status)
         model = metrics.bounded("model", ticket.request.model)
@@ -292,9 +312,10 @@ class LlmRoutes:
             kind = headers.get("content-type", "")
             form = _FORM_MODEL.search(raw) if kind.startswith("multipart/") else None
             model = form[1].decode("utf-8", "replace") if form else self._model(_parse(raw))
-            workers = [self._any(model)]
+            workers = self._able(model)[: self._services.settings.pool.max_attempts]
         for last, worker in ((i == len(workers) - 1, w) for i, w in enumerate(workers)):
-            if await self._try(scope, raw, headers, worker, send, receive, last=last):
+            take_404 = last or not stored
+            if await self._try(scope, raw, headers, worker, send, receive, last=last, take_404=take_404):
                 return
 
     def _holders(self, response: str) -> list[Worker]:
@@ -318,13 +339,15 @@ class LlmRoutes:
         receive: Receive,
         *,
         last: bool,
+        take_404: bool,
     ) -> bool:
-        """Passes the request to `worker`; False when it answered 404 and another may know better."""
+        """Passes the request to `worker`; False when another should be asked: it gave no answer, or one of 404 and
+        not `take_404`."""
         answered = False
 
         async def work() -> None:
             nonlocal answered
-            answered = await self._pass(scope, raw, headers, worker, send, take_404=last)
+            answered = await self._pass(scope, raw, headers, worker, send, last=last, take_404=take_404)
 
         await while_connected(receive, work)
         return answered
@@ -337,14 +360,21 @@ class LlmRoutes:
         worker: Worker,
         send: Send,
         *,
+        last: bool = True,
         take_404: bool = True,
     ) -> bool:
         sent = {k: v for k, v in strip_headers(headers).items() if k not in _NOT_SENT}
         worker.inflight += 1
         try:
-            upstream = await self._services.client.send(
-                worker, scope["method"], _path(scope), headers=sent, body=raw or None
-            )
+            try:
+                upstream = await self._services.client.send(
+                    worker, scope["method"], _path(scope), headers=sent, body=raw or None
+                )
+            except SendFailed as error:
+                self._services.pool.note(worker, error)
+                if last or error.kind == "timeout":
+                    raise
+                return False
             try:
                 if upstream.status == 404 and not take_404:
                     return False
@@ -370,13 +400,13 @@ class LlmRoutes:
         models = services.pool.models()
         return next(iter(models)) if len(models) == 1 and model is None else None
 
-    def _any(self, model: str | None) -> Worker:
-        """The least loaded worker that is up, of `model` if any has it. Raises NoWorker."""
+    def _able(self, model: str | None) -> list[Worker]:
+        """Workers that are up, of `model` if any has it, the least loaded first. Raises NoWorker."""
         up = [w for w in self._services.pool if w.state == "up"]
         able = [w for w in up if model is not None and w.serves(model)] or up
         if not able:
             raise NoWorker("no worker is up", retry_after=5)
-        return min(able, key=lambda w: w.inflight)
+        return sorted(able, key=lambda w: w.inflight)
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
@@ -385,7 +415,7 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError:
         try:
-            body = slow_loads(raw)  # integers of more than 64 bits
+            body = slow_loads(raw.decode())  # integers of more than 64 bits, NaN, a lone surrogate
         except (ValueError, RecursionError):
             return None
     return body if isinstance(body, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,12 +54,24 @@ class Ticket:
     def wants_usage(self) -> bool:
         """Whether the client asked for the usage chunk of a stream."""
         options = self.request.body.get("stream_options")
-        return isinstance(options, dict) and options.get("include_usage") is True
+        return isinstance(options, dict) and bool(options.get("include_usage"))
 
     @property
     def adds_usage(self) -> bool:
-        """Whether we ask for it in the client's stead, and leave the chunk out again."""
-        return self.stream and not self.wants_usage and self.request.route in _USAGE_ROUTES
+        """Whether we ask for it in the client's stead, and leave the chunk out again: only where the client's options
+        say nothing else (with `continuous_usage_stats` every chunk would change, and bad options are the engine's
+        to refuse)."""
+        options = self.request.body.get("stream_options")
+        plain = options in (None, {}, {"include_usage": False}, {"include_usage": None})
+        return self.stream and plain and self.request.route in _USAGE_ROUTES
+
+    @property
+    def plain(self) -> bool:
+        """Whether the answer's form is one we know: then equal calls of other forms may share it."""
+        stream, options = self.request.body.get("stream"), self.request.body.get("stream_options")
+        if options is None:
+            return stream is None or isinstance(stream, bool)
+        return self.stream and options in ({}, {"include_usage": True}, {"include_usage": False})
 
     @property
     def node(self) -> str:
@@ -83,6 +96,8 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
         for name, value in additions.items()
         if isinstance(value, dict) and isinstance(body.get(name), dict)
     }
+    if ticket.request.route == "/v1/responses" and "request_id" not in body:
+        new["request_id"] = ticket.request.id  # the id under which the engine stores the response
     usage = ticket.adds_usage
     if usage and "stream_options" in body:
         options = body["stream_options"]
@@ -91,7 +106,7 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
     if stripped or merged:
         if usage:
             new["stream_options"] = {"include_usage": True}
-        return orjson.dumps({**body, **merged, **new})
+        return _encoded({**body, **merged, **new})
     parts = [orjson.dumps(new)[1:-1]] if new else []
     if usage:
         parts.append(_USAGE)
@@ -100,3 +115,10 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
     head, brace, rest = ticket.raw.partition(b"{")
     comma = b"," if body else b""
     return head + brace + b",".join(parts) + comma + rest
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(body)
+    except TypeError:  # an integer of more than 64 bits, a lone surrogate, deep nesting
+        return json.dumps(body).encode()

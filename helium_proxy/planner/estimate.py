@@ -85,7 +85,7 @@ class Estimator:
 def expected_output(body: Mapping[str, Any], hints: Hints, default: int) -> float:
     """Expected output tokens: the asked-for length where it is forced, else the node's profile, else a default; never
     more than the client's limit."""
-    limit = next((body[f] for f in _LIMITS if isinstance(body.get(f), int) and body[f] > 0), None)
+    limit = next((body[f] for f in _LIMITS if isinstance(body.get(f), int) and 0 < body[f] < 2**31), None)
     choices = body.get("n") if isinstance(body.get("n"), int) else 1
     choices = max(1, min(128, choices or 1))
     if limit is not None and (body.get("ignore_eos") is True or body.get("min_tokens") == limit):

@@ -3,8 +3,8 @@
 A breaker that counts every failed send ejects healthy workers: an engine closes idle connections, and a burst of
 sends on stale ones fails without saying anything about the engine. So failures here are *evidence*: a stale
 connection is none, a refused or broken fresh connection or a 5xx is one, and the breaker opens only when the
-evidence of a window is both plentiful (`failures` of them) and the larger part of what was sent. The active health
-check overrules it in both directions (`health.py`).
+evidence of a window is both plentiful (`failures` of them) and at least half of what was sent. A worker that comes
+back from being down starts with a closed breaker.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Breaker:
         self._events: deque[tuple[float, bool]] = deque(maxlen=256)  # (when, succeeded), oldest first
         self._opened_at: float | None = None
         self._backoff = 1.0
-        self._probing = False
+        self._probed_at: float | None = None  # when the half-open state's probe was sent
 
     def __repr__(self) -> str:
         return f"<Breaker opened_at={self._opened_at} events={len(self._events)}>"
@@ -38,18 +38,21 @@ class Breaker:
         return "half-open" if now - self._opened_at >= self._cooldown_s * self._backoff else "open"
 
     def allows(self, now: float) -> bool:
-        """Whether a call may be sent; in the half-open state, one at a time."""
+        """Whether a call may be sent; in the half-open state, one a cool-down (a probe may end without a result, when
+        its client leaves)."""
         state = self.state(now)
-        return state == "closed" or (state == "half-open" and not self._probing)
+        if state == "half-open" and self._probed_at is not None:
+            return now - self._probed_at >= self._cooldown_s * self._backoff
+        return state != "open"
 
     def sent(self, now: float) -> None:
-        """A call was sent; matters only to the half-open state, whose single probe this is."""
+        """A call was sent; matters only to the half-open state, whose probe this is."""
         if self.state(now) == "half-open":
-            self._probing = True
+            self._probed_at = now
 
     def record(self, succeeded: bool, now: float) -> bool:
         """Notes the result of a send; True when this opened the breaker."""
-        self._probing = False
+        self._probed_at = None
         self._events.append((now, succeeded))
         if succeeded:
             if self._opened_at is not None and self.state(now) == "half-open":
@@ -73,4 +76,4 @@ class Breaker:
         self._events.clear()
         self._opened_at = None
         self._backoff = 1.0
-        self._probing = False
+        self._probed_at = None

@@ -68,10 +68,11 @@ class Pool:
         return {m.id for w in self._workers.values() if w.state == "up" for m in w.facts.models}
 
     def add(self, spec: WorkerSpec) -> Worker:
-        """Adds a worker and starts to watch it; adding one that is there changes nothing, except that one that
-        was draining serves again. Raises InvalidRequest beyond the limit."""
+        """Adds a worker and starts to watch it; adding one that is there takes over its new spec (a key, say), and
+        one that was draining serves again. Raises InvalidRequest beyond the limit."""
         known = self._workers.get(worker_id(spec.url))
         if known is not None:
+            known.spec = spec
             if known.state == "draining":
                 self._set_state(known, "starting")
             return known

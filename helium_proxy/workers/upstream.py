@@ -33,6 +33,9 @@ HOP_BY_HOP = frozenset(
 )
 
 
+# Bodies are read here as they come: no worker may compress them because aiohttp says by default that it may.
+_OURS = {"Accept-Encoding": "identity"}
+
 # Kept connections to try before giving up: each try removes a dead one from the pool.
 _STALE_TRIES = 8
 
@@ -132,7 +135,7 @@ class UpstreamClient:
                     method,
                     yarl.URL(worker.spec.url + path, encoded=True),
                     data=body,
-                    headers={**headers, **worker.headers},
+                    headers={**headers, **_OURS, **worker.headers},
                     allow_redirects=False,
                     trace_request_ctx=context,
                     timeout=limits,
