@@ -41,8 +41,8 @@ def setting(result: dict[str, Any]) -> str:
     return (
         f"Engines: `{campaign['engines']}`{speed}, each with {about['num_blocks']} KV blocks of "
         f"{about['block_size']} tokens ({kv:,}). Prompts in tokens: static {sizes['static']}, context "
-        f"{sizes['context']}, question {sizes['question']}, output {sizes['output']}. {campaign['repeats']} interleaved repeats. "
-        f"{about['cpu']}, {about['cores']} cores; {about['date'][:10]}, commit `{about['commit']}`."
+        f"{sizes['context']}, question {sizes['question']}, output {sizes['output']}. "
+        f"{campaign['repeats']} interleaved repeats. {about['cpu']}, {about['cores']} cores; {about['date'][:10]}, commit `{about['commit']}`."
     )
 
 
@@ -98,7 +98,8 @@ def _means(table: Sequence[Row]) -> str:
             f"- **{system}**: geometric mean **{geometric_mean(by_shape.values()):.2f} ×** over the best peer of "
             f"each shape, least {by_shape[worst]:.2f} × ({worst[0].replace('_', ' ')}), most "
             f"{by_shape[best]:.2f} × ({best[0].replace('_', ' ')}); tokens at most "
-            f"{max(row.over_minimum for row in mine):.2f} × the fewest, busiest worker at most {max(row.balance for row in mine):.2f} × the mean, "
+            f"{max(row.over_minimum for row in mine):.2f} × the fewest, busiest worker at most "
+            f"{max(row.balance for row in mine):.2f} × the mean, "
             f"{max(row.preemptions for row in mine):.0f} preemptions."
         )
     return "\n".join(lines)
@@ -295,6 +296,6 @@ def paper(results: Results, folder: Path) -> str:
     return (
         "## Beside the paper\n\nThe paper (arXiv 2603.16104) measures its own runtime with a patched vLLM 0.16 on "
         "two H100 NVL with Qwen3-8B/14B, against other *frameworks*; we measure a proxy in front of stock vLLM "
-        "against other *routers*, on the engines named, with the same shapes and smaller prompts. The figures are therefore "
-        f"not the same experiment.\n\n{markdown_table(['figure', 'paper', 'here'], body)}"
+        "against other *routers*, on the engines named, with the same shapes and smaller prompts. The figures are "
+        f"therefore not the same experiment.\n\n{markdown_table(['figure', 'paper', 'here'], body)}"
     )
