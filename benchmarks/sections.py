@@ -42,7 +42,8 @@ def setting(result: dict[str, Any]) -> str:
         f"Engines: `{campaign['engines']}`{speed}, each with {about['num_blocks']} KV blocks of "
         f"{about['block_size']} tokens ({kv:,}). Prompts in tokens: static {sizes['static']}, context "
         f"{sizes['context']}, question {sizes['question']}, output {sizes['output']}. "
-        f"{campaign['repeats']} interleaved repeats. {about['cpu']}, {about['cores']} cores; {about['date'][:10]}, commit `{about['commit']}`."
+        f"{campaign['repeats']} interleaved repeats. "
+        f"{about['cpu']}, {about['cores']} cores; {about['date'][:10]}, commit `{about['commit']}`."
     )
 
 
