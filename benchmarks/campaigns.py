@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .campaign import Campaign
 from .engines import EngineOptions
-from .run import Campaign
 from .workloads import PAPER_SHAPES
 
 _VLLM = Campaign(
@@ -19,13 +19,7 @@ _VLLM = Campaign(
     shapes=PAPER_SHAPES,
     systems=("rr", "sglang", "vllm-router", "vllm-router-kv", "vllm-router-program", "helium", "helium-plan"),
     sizes="compact",
-    repeats=3,
-    batch=None,
     scale=0.5,
-    seed=1,
-    time_scale=1.0,
-    stream_every=8,
-    warmup=0,
     decode_cost=1.5,
 )
 """Two real vLLM CPU engines. A token costs about 0.8 ms to prefill and 1.3 ms to decode in a batch."""
@@ -33,13 +27,20 @@ _VLLM = Campaign(
 _H100 = replace(
     _VLLM,
     engines="embedded:8",
-    options=EngineOptions(profile="h100-8b", blocks=1024, block_size=16, kv_events=True),
-    systems=("rr", "sglang", "vllm-router", "vllm-router-kv", "vllm-router-program", "helium", "helium-plan"),
+    options=EngineOptions(profile="h100-8b", block_size=16, kv_events=True),
     sizes="P1",
-    scale=4.0,
+    batches=(
+        ("map_reduce", 256),
+        ("debate", 256),
+        ("reflection", 320),
+        ("iterative", 256),
+        ("parallel_chains", 48),
+        ("trading", 16),
+    ),
+    kv_divisor=6.0,
     decode_cost=3.0,
 )
-"""Eight embedded engines at an H100's rates, in real time."""
+"""Eight embedded engines at an H100's rates, in real time; their KV holds a sixth of the batch's working set."""
 
 _TWO_DAY = replace(
     _VLLM,

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import build_peers, load, systems
+from .campaign import Campaign, describe, order, save
 from .engines import EngineOptions, Engines
 from .process import Server, StartFailed, free_port
-from .run import Campaign, describe, order, save
 
 
 @dataclass
@@ -159,7 +159,7 @@ async def run(names: list[str], repeats: int, seconds: float, console: Console) 
                     )
     finally:
         stub.stop()
-    campaign = Campaign("stub", EngineOptions(), (), tuple(names), "small", repeats, None, 1.0, 0, 1.0, 0, 0, 0.0)
+    campaign = Campaign("stub", EngineOptions(), (), tuple(names), "small", repeats)
     about = describe(campaign, upstream)
     return {
         "about": about,

@@ -10,14 +10,15 @@ import asyncio
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import click
 from rich.console import Console
 
 from . import campaigns, overhead, sections, tables
+from .campaign import RESULTS, execute, save
 from .process import ROOT
-from .run import RESULTS, execute, save
 from .stats import Measurement
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
@@ -106,7 +107,7 @@ def measure(kind: str, console: Console) -> None:
         chosen = {name: chosen[name] for name in campaigns.FULL}
     for name, campaign in chosen.items():
         console.rule(name)
-        result = asyncio.run(execute(campaign, console))
+        result = asyncio.run(execute(campaign, console, partial(save, name=name)))
         tables.show(console, [Measurement(**m) for m in result["measurements"]])
         for note in result["notes"]:
             console.print(f"[yellow]{note}")

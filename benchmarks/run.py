@@ -3,179 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import platform
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
-from typing import Any
 
-import aiohttp
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import build_peers, engines, systems, tables
+from . import tables
+from .campaign import Campaign, execute, save
 from .engines import EngineOptions
-from .harness import Harness, Outputs, Plan, compare
-from .process import ROOT, StartFailed
+from .process import StartFailed
 from .stats import Measurement
 from .workloads import PAPER_SHAPES, SIZES, WORKLOADS
-
-RESULTS = Path(__file__).resolve().parent / "results"
-
-
-@dataclass(frozen=True)
-class Campaign:
-    """Everything a benchmark run is told."""
-
-    engines: str
-    options: EngineOptions
-    shapes: tuple[str, ...]
-    systems: tuple[str, ...]
-    sizes: str
-    repeats: int
-    batch: int | None
-    scale: float
-    seed: int
-    time_scale: float
-    stream_every: int
-    warmup: int
-    decode_cost: float
-
-
-def order(names: Sequence[str], turn: int) -> list[str]:
-    """The systems' order in this turn: rotated by one each time."""
-    shift = turn % len(names)
-    return [*names[shift:], *names[:shift]]
-
-
-def describe(campaign: Campaign, spec: engines.Engines) -> dict[str, Any]:
-    """What a reader must know to judge the figures."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    ).stdout.strip()
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ())
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "version": metadata.version("helium-proxy"),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "peers": {name: list(pins) for name, pins in build_peers.REQUIREMENTS.items()},
-        "engine_versions": list(engines.versions(campaign.engines)),
-        "block_size": spec.block_size,
-        "num_blocks": spec.num_blocks,
-        "campaign": asdict(campaign),
-        "prompt_sizes": asdict(SIZES[campaign.sizes]),
-    }
-
-
-async def execute(campaign: Campaign, console: Console) -> dict[str, Any]:
-    """Run the whole campaign; the result file's content.
-
-    Raises:
-        StartFailed: engines did not come up. A *system* that does not is noted and left out.
-    """
-    chosen = {name: systems.find(name) for name in campaign.systems}
-    build_peers.ensure({s.peer for s in chosen.values() if s.peer is not None})
-    timeout = aiohttp.ClientTimeout(total=60)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
-        console.print(f"starting {campaign.engines}")
-        running = await engines.start(campaign.engines, campaign.options, session)
-        try:
-            harness = Harness(running, session)
-            await harness.learn()
-            measured, notes = await _measure_all(campaign, chosen, harness, console)
-            about = describe(campaign, running) | {"tokens_per_word": harness.writer_scale}
-        finally:
-            running.close()
-    return {"about": about, "notes": notes, "measurements": [m.to_json() for m in measured]}
-
-
-async def _measure_all(
-    campaign: Campaign, chosen: dict[str, systems.System], harness: Harness, console: Console
-) -> tuple[list[Measurement], list[str]]:
-    measured: list[Measurement] = []
-    notes: list[str] = []
-    left_out = {name for name, system in chosen.items() if system.needs_events and not harness.engines.events}
-    notes += [f"{name} left out: the engines publish no KV events" for name in sorted(left_out)]
-    total = campaign.repeats * len(campaign.shapes) * len(chosen)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bars:
-        overall = bars.add_task("measurements", total=total)
-        current = bars.add_task("calls", total=1)
-        for repeat in range(campaign.repeats):
-            for number, shape in enumerate(campaign.shapes):
-                workload = WORKLOADS[shape]
-                batch = campaign.batch or max(1, round(workload.batch * campaign.scale))
-                plan = Plan(
-                    workload=workload,
-                    sizes=SIZES[campaign.sizes],
-                    batch=batch,
-                    seed=campaign.seed + repeat,
-                    repeat=repeat,
-                    time_scale=campaign.time_scale,
-                    stream_every=campaign.stream_every,
-                    warmup=campaign.warmup,
-                    decode_cost=campaign.decode_cost,
-                )
-                outputs: dict[str, Outputs] = {}
-                group: list[Measurement] = []
-                for name in order(list(chosen), repeat + number):
-                    system = chosen[name]
-                    if name in left_out or (system.plan and not workload.planned):
-                        bars.advance(overall)
-                        continue
-                    calls = workload.calls_per_run
-                    bars.reset(current, total=calls * batch if calls else None, description=f"{shape} {name}")
-                    began = time.perf_counter()
-                    try:
-                        results, outputs[name] = await harness.measure(
-                            system, plan, lambda done: bars.update(current, completed=done)
-                        )
-                    except StartFailed as failure:
-                        left_out.add(name)
-                        notes.append(f"{name} left out: it did not start")
-                        console.print(f"[red]{failure}")
-                        continue
-                    finally:
-                        bars.advance(overall)
-                    group += results
-                    console.print(tables.line(results, time.perf_counter() - began))
-                    for m in results:
-                        if m.first_failure:
-                            notes.append(f"{m.shape} {m.system} #{m.repeat}: {m.first_failure}")
-                if outputs:
-                    compare(outputs, group)
-                measured += group
-    return measured, notes
-
-
-def save(result: dict[str, Any], name: str) -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
 
 
 @click.command()
@@ -193,6 +31,7 @@ def save(result: dict[str, Any], name: str) -> Path:
 @click.option("--repeats", default=3, help="Interleaved repeats.")
 @click.option("--batch", type=int, help="Runs per batch; default: the shape's own.")
 @click.option("--scale", default=1.0, help="Factor on the shapes' own batch sizes.")
+@click.option("--kv-divisor", type=float, help="Embedded: KV of all engines = the batch's working set over this.")
 @click.option("--seed", default=1, help="Of the first repeat; each repeat adds one.")
 @click.option("--time-scale", default=1.0, help="Factor on think times and arrivals.")
 @click.option("--stream-every", default=8, help="One call in so many is streamed (time to first token); 0: none.")
@@ -215,6 +54,7 @@ def main(
     repeats: int,
     batch: int | None,
     scale: float,
+    kv_divisor: float | None,
     seed: int,
     time_scale: float,
     stream_every: int,
@@ -243,8 +83,9 @@ def main(
         systems=tuple(names.split(",")),
         sizes=sizes,
         repeats=1 if quick else repeats,
-        batch=batch,
+        batches=tuple((shape, batch) for shape in wanted) if batch else (),
         scale=scale / 4 if quick else scale,
+        kv_divisor=kv_divisor,
         seed=seed,
         time_scale=time_scale,
         stream_every=stream_every,
@@ -253,7 +94,7 @@ def main(
     )
     console = Console(width=None if sys.stdout.isatty() else 190)
     try:
-        result = asyncio.run(execute(campaign, console))
+        result = asyncio.run(execute(campaign, console, lambda so_far: out and save(so_far, out)))
     except (StartFailed, ValueError) as failure:
         raise click.ClickException(str(failure)) from failure
     tables.show(console, [Measurement(**m) for m in result["measurements"]])

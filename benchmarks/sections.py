@@ -28,19 +28,25 @@ def table_of(result: dict[str, Any]) -> list[Row]:
     return rows([Measurement(**measured) for measured in result["measurements"]])
 
 
+def _kv(about: dict[str, Any]) -> str:
+    size, divisor = about["block_size"], about["campaign"]["kv_divisor"]
+    if divisor is None:
+        return f"{about['num_blocks']} KV blocks of {size} tokens ({about['num_blocks'] * size:,})"
+    counts = ", ".join(f"{shape.replace('_', ' ')} {blocks:,}" for shape, blocks in about["blocks"].items())
+    return f"KV for its part of 1/{divisor:g} of the batch's working set (blocks of {size} tokens: {counts})"
+
+
 def setting(result: dict[str, Any]) -> str:
     """Where and how a campaign ran, in a sentence or two."""
     about = result["about"]
     campaign, sizes = about["campaign"], about["prompt_sizes"]
-    kv = about["num_blocks"] * about["block_size"]
     options = campaign["options"]
     speed = ""
     if campaign["engines"].startswith("embedded"):
         scale = "" if options["time_scale"] == 1.0 else f" at {options['time_scale']:g} of real time"
         speed = f", profile `{options['profile']}`{scale}"
     return (
-        f"Engines: `{campaign['engines']}`{speed}, each with {about['num_blocks']} KV blocks of "
-        f"{about['block_size']} tokens ({kv:,}). Prompts in tokens: static {sizes['static']}, context "
+        f"Engines: `{campaign['engines']}`{speed}, each with {_kv(about)}. Prompts in tokens: static {sizes['static']}, context "
         f"{sizes['context']}, question {sizes['question']}, output {sizes['output']}. "
         f"{campaign['repeats']} interleaved repeats. "
         f"{about['cpu']}, {about['cores']} cores; {about['date'][:10]}, commit `{about['commit']}`."

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.campaign import order
 from benchmarks.engines import parse_metrics
 from benchmarks.harness import compare
-from benchmarks.run import order
 from benchmarks.stats import Measurement, balance, best_peers, geometric_mean, quantile, rows, speedups
 from benchmarks.systems import find, program, tag
 from benchmarks.workloads import Call
