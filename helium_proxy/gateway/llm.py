@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from json import loads as slow_loads
 from typing import Any
 
@@ -113,8 +113,9 @@ class LlmRoutes:
 
         async def fail(error: HeliumError) -> None:
             nonlocal status
-            if status:  # too late for an answer of ours: the connection is cut, so that nobody takes it for whole
-                raise error
+            if status:  # too late for an answer of ours: the server cuts the connection, so nobody takes it for whole
+                log.warning("answer cut", path=scope["path"], error=error.message)
+                return
             status = error.status
             await send_error(send, error, _request_id(headers))
 
@@ -380,7 +381,8 @@ class LlmRoutes:
                     return False
                 own = [*relayed(upstream.headers.items()), (b"x-helium-worker", worker.id.encode("latin-1"))]
                 if upstream.headers.get("content-type", "").startswith("text/event-stream"):
-                    await send_stream(send, upstream.status, own, upstream.chunks())
+                    chunks = _with_its_end_told(upstream.chunks(), scope["path"])
+                    await send_stream(send, upstream.status, own, chunks)
                 else:
                     await send_whole(send, upstream.status, own, await upstream.read())
             finally:
@@ -435,6 +437,15 @@ def _header(value: str) -> bytes:
 def _request_id(headers: dict[str, str]) -> RawHeaders:
     given = headers.get("x-request-id", "")
     return [(b"x-request-id", given.encode())] if _SAFE_ID.match(given) else []
+
+
+async def _with_its_end_told(chunks: AsyncIterator[bytes], path: str) -> AsyncIterator[bytes]:
+    """`chunks`, and an error event where they break off."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except SendFailed as error:
+        yield _stream_error(path, UpstreamFailed(f"the worker broke off ({error.kind})"))
 
 
 def _stream_error(route: str, error: HeliumError) -> bytes:

@@ -148,14 +148,18 @@ class Pool:
                     urgent = prodded.is_set()
                     prodded.clear()
                     models_due = await self._check(worker, models_due, urgent=urgent)
-                    health_due = self._clock() + settings.health_interval_s
+                    doubtful = worker.failed_checks > 0
+                    health_due = self._clock() + (settings.retry_down_s if doubtful else settings.health_interval_s)
                 if worker.state in ("up", "draining"):
                     await self._learn_metrics(worker)
+                if worker.breaker.state(self._clock()) == "half-open":
+                    self._on_change(worker)  # time alone made it available: calls may be waiting for that
             except asyncio.CancelledError:
                 raise
             except Exception:
                 log.exception("watching failed", worker=worker.id)
-            pause = settings.metrics_interval_s if worker.state == "up" else settings.retry_down_s
+            well = worker.state == "up" and not worker.failed_checks
+            pause = settings.metrics_interval_s if well else settings.retry_down_s
             if worker.state != "up":
                 health_due = 0.0
             try:

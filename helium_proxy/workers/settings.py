@@ -38,7 +38,9 @@ class WorkersSettings(BaseModel):
     health_interval_s: float = Field(5.0, gt=0, description="Between health checks of a worker that is up.")
     health_timeout_s: float = Field(5.0, gt=0, description="A health check that takes longer has failed.")
     unhealthy_after: int = Field(3, ge=1, description="Failed checks in a row before a worker is down.")
-    retry_down_s: float = Field(0.5, gt=0, description="Between health checks of a worker that is down.")
+    retry_down_s: float = Field(
+        0.5, gt=0, description="Between health checks of a worker that is down or failed its last one."
+    )
     metrics_interval_s: float = Field(1.0, gt=0, description="Between readings of a worker's `/metrics`.")
     models_interval_s: float = Field(30.0, gt=0, description="Between readings of a worker's `/v1/models`.")
     connect_timeout_s: float = Field(5.0, gt=0, description="To open a connection to a worker.")
