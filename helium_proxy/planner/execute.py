@@ -294,10 +294,10 @@ class JobRun:
             result.cached_tokens,
             result.output_tokens,
         )
-        if isinstance(reply := result.body.get("id"), str):
-            self._replies[id_] = reply
         if self._unread[id_]:
             self._texts[id_] = text
+            if isinstance(reply := result.body.get("id"), str):
+                self._replies[id_] = reply
         self._event(
             "operator",
             {

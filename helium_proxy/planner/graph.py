@@ -39,7 +39,10 @@ _OPAQUE_TOKENS = 256
 
 
 def _canonical(value: Any) -> str:
-    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
+    except orjson.JSONEncodeError as error:  # nested beyond what any worker would read
+        raise InvalidRequest(f"not sendable as JSON: {error}", param="nodes") from None
 
 
 def _role_mark(message: Message) -> Mark:

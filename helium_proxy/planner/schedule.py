@@ -90,8 +90,8 @@ class _Ready:
 
 
 def walk(problem: Problem, reuse: float, home: Home) -> Solution:
-    """Schedule greedily in time. A worker with nothing schedulable waits for the earliest release, so the walk always
-    ends; one bound by `home` takes nobody else's operators."""
+    """Schedule greedily, event by event. A worker with nothing schedulable waits for the next release, so the walk
+    always ends; one bound by `home` takes nobody else's operators."""
     size, workers = problem.size, len(problem.capacity)
     ready = _Ready(problem, reuse, home)
     roots: list[list[int]] = [[] for _ in range(workers)]
@@ -104,22 +104,24 @@ def walk(problem: Problem, reuse: float, home: Home) -> Solution:
     releases = [(0.0, j) for j in range(size) if not waiting[j]]  # heap: when inputs are there
     release = [0.0] * size
     free = [(0.0, k) for k in range(workers)]  # heap: when a worker can start its next call
-    parked: list[tuple[float, int]] = []
+    idle: list[int] = []  # workers with nothing to do until something is released
     last = [-1] * workers
     order: list[int] = []
     worker = [0] * size
     begin, complete, prefill = [0.0] * size, [0.0] * size, [0.0] * size
-    while free:
+    while free or (idle and releases):
+        if idle and releases and (not free or releases[0][0] <= free[0][0]):
+            now = releases[0][0]
+            for k in idle:
+                heapq.heappush(free, (now, k))
+            idle.clear()
         now, k = heapq.heappop(free)
         while releases and releases[0][0] <= now:
             step, j = heapq.heappop(releases)
             ready.add(j, step)
         chosen = ready.take(-1 if home is None else k, last[k], roots[k])
         if chosen is None:
-            if releases:
-                heapq.heappush(free, (releases[0][0], k))
-            else:
-                parked.append((now, k))
+            idle.append(k)
             continue
         new = problem.prompt[chosen] - (problem.shared(chosen, last[k]) if last[k] >= 0 else 0.0)
         end = now + (problem.length[chosen] * new + problem.decode[chosen]) / problem.capacity[k]
@@ -132,10 +134,6 @@ def walk(problem: Problem, reuse: float, home: Home) -> Solution:
             release[consumer] = max(release[consumer], end + problem.delay[chosen])
             if not waiting[consumer]:
                 heapq.heappush(releases, (release[consumer], consumer))
-        if releases:
-            for since, idle in parked:
-                heapq.heappush(free, (max(since, releases[0][0]), idle))
-            parked.clear()
     return Solution(tuple(order), tuple(worker), tuple(begin), tuple(complete), tuple(prefill))
 
 
