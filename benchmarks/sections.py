@@ -46,7 +46,8 @@ def setting(result: dict[str, Any]) -> str:
         scale = "" if options["time_scale"] == 1.0 else f" at {options['time_scale']:g} of real time"
         speed = f", profile `{options['profile']}`{scale}"
     return (
-        f"Engines: `{campaign['engines']}`{speed}, each with {_kv(about)}. Prompts in tokens: static {sizes['static']}, context "
+        f"Engines: `{campaign['engines']}`{speed}, each with {_kv(about)}. "
+        f"Prompts in tokens: static {sizes['static']}, context "
         f"{sizes['context']}, question {sizes['question']}, output {sizes['output']}. "
         f"{campaign['repeats']} interleaved repeats. "
         f"{about['cpu']}, {about['cores']} cores; {about['date'][:10]}, commit `{about['commit']}`."

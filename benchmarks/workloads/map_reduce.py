@@ -7,7 +7,7 @@ import asyncio
 from .base import Run, Workload, document_inputs, user
 
 
-async def _experts(run: Run, count: int) -> str:
+async def with_experts(run: Run, count: int) -> str:
     question = f"{run.inputs['context']}\n\n{run.inputs['question']}"
     names = [f"expert_{index}" for index in range(count)]
     opinions = await asyncio.gather(*(run.ask(name, [run.role(name), user(question)]) for name in names))
@@ -17,11 +17,11 @@ async def _experts(run: Run, count: int) -> str:
 
 
 async def program(run: Run) -> str:
-    return await _experts(run, 7)
+    return await with_experts(run, 7)
 
 
 async def wide_program(run: Run) -> str:
-    return await _experts(run, 14)
+    return await with_experts(run, 14)
 
 
 WORKLOAD = Workload("map_reduce", program, document_inputs, calls_per_run=8, batch=16)

@@ -1,0 +1,500 @@
+"""A fleet in virtual time: the embedded engine's scheduler and the real `dispatch.policy.decide`, nothing in between.
+
+Runs are abstract: a workload's program is traced once into a graph whose prompts are pieces with a length (a role,
+an input, a reply, the words between); pieces that are equal in two prompts, from the beginning, are a shared prefix,
+block by block, as text would be. No text, no tokenizer, no HTTP, no event loop: a million calls are affordable.
+Hints (remaining path, siblings) are what a learnt template would give. Replies have exactly their expected length.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from helium_proxy.dispatch.policy import decide, next_decision
+from helium_proxy.dispatch.settings import DispatchSettings
+from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall, WorkerState
+from helium_proxy.engine import EngineConfig, Request, Scheduler
+from helium_proxy.types import Hints
+
+from .workloads import Sizes, Workload, Writer, export_plan
+
+System = Literal["helium", "rr", "affinity"]
+"""`affinity`: longest prefix in an approximate tree per worker unless loads differ too much, as the peers'
+cache-aware policies decide."""
+
+_MODEL = "demo"
+_ENDING = -1
+_PLACEHOLDER = re.compile(r"(\{\{(?:inputs|nodes)\.\w+\}\})")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a prompt: equal keys are equal text (in one run, where `own`)."""
+
+    key: int
+    tokens: int
+    own: bool
+
+
+@dataclass(slots=True)
+class Node:
+    """One call of the workflow."""
+
+    name: str
+    prompt: tuple[Piece, ...]
+    output: Piece
+    prompt_tokens: int
+    parents: tuple[int, ...]
+    children: list[int] = field(default_factory=list)
+    hints: Hints = field(default_factory=Hints)
+
+
+def trace(workload: Workload, sizes: Sizes) -> list[Node]:
+    """The workload's graph, parents before children. A word is a token."""
+    writer = Writer(1, 1.0)
+    inputs = workload.make_inputs(writer, sizes, 1)[0]
+    plan = asyncio.run(export_plan(workload, sizes, writer, inputs=inputs, model=_MODEL))
+    index = {node["id"]: place for place, node in enumerate(plan["nodes"])}
+    lengths = {name: max(1, len(text.split())) for name, text in inputs[0].items()}
+    nodes: list[Node] = []
+    for place, raw in enumerate(plan["nodes"]):
+        pieces: list[Piece] = []
+        parents: set[int] = set()
+        for message in raw["messages"]:
+            pieces.append(Piece(_key(f"<{message['role']}>"), 4, False))
+            for text in filter(None, _PLACEHOLDER.split(message["content"])):
+                if _PLACEHOLDER.fullmatch(text):
+                    kind, _, name = text[2:-2].partition(".")
+                    if kind == "nodes":
+                        parents.add(index[name])
+                        pieces.append(nodes[index[name]].output)
+                    else:
+                        pieces.append(Piece(_key(text), lengths[name], True))
+                else:
+                    pieces.append(Piece(_key(text), max(1, len(text.split())), False))
+        pieces.append(Piece(_key("<assistant>"), 4, False))
+        output = Piece(_key(f"reply {raw['id']}"), raw["params"]["max_tokens"], True)
+        length = sum(piece.tokens for piece in pieces)
+        nodes.append(Node(raw["id"], tuple(pieces), output, length, tuple(sorted(parents))))
+        for parent in parents:
+            nodes[parent].children.append(place)
+    _hint(nodes)
+    return nodes
+
+
+def _key(text: str) -> int:
+    return random.Random(text).getrandbits(60)
+
+
+def _hint(nodes: Sequence[Node]) -> None:
+    """What a template would say of every node: the longest path that follows."""
+    for node in reversed(nodes):
+        after = [nodes[child] for child in node.children]
+        longest = max(after, key=lambda n: n.hints.path_output_tokens + n.output.tokens, default=None)
+        if longest is not None:
+            node.hints = Hints(
+                path_calls=longest.hints.path_calls + 1,
+                path_output_tokens=longest.hints.path_output_tokens + longest.output.tokens,
+                path_prompt_tokens=longest.hints.path_prompt_tokens + longest.prompt_tokens,
+                descends=len(after),
+            )
+
+
+class Prefix:
+    """A prompt's beginning as chained block hashes, with what the last block still lacks."""
+
+    __slots__ = ("fill", "hashes", "pending")
+
+    def __init__(self, hashes: tuple[int, ...], pending: tuple[tuple[int, int], ...], fill: int) -> None:
+        self.hashes = hashes
+        self.pending = pending
+        self.fill = fill
+
+    def extend(self, key: int, tokens: int, block: int) -> Prefix:
+        """With `tokens` tokens of the piece `key` appended."""
+        pending, fill, offset = self.pending, self.fill, 0
+        if tokens < block - fill:
+            return Prefix(self.hashes, (*pending, (key, 0)), fill + tokens)
+        hashes = list(self.hashes)
+        while tokens - offset >= block - fill:
+            parent = hashes[-1] if hashes else 0
+            hashes.append(hash((parent, *pending, (key, offset))))
+            offset += block - fill
+            pending, fill = (), 0
+        if offset < tokens:
+            pending, fill = (*pending, (key, offset)), fill + tokens - offset
+        return Prefix(tuple(hashes), pending, fill)
+
+
+@dataclass(slots=True)
+class _Run:
+    """A run under way."""
+
+    seq: int
+    started: float
+    graph: Sequence[Node]
+    waiting: list[int]
+    left: int
+    prefixes: dict[tuple[int, int], Prefix] = field(default_factory=dict)
+    """(identity of a prefix, piece) -> prefix; pieces of this run's own."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One call under way."""
+
+    run: _Run
+    place: int
+    prefix: Prefix
+    queued: QueuedCall | None = None
+    assignment: Assignment | None = None
+    worker: int = 0
+
+
+@dataclass(frozen=True)
+class FleetResult:
+    """What a simulated fleet did. Virtual seconds and tokens, except `wall_s` and `decide_us`."""
+
+    system: str
+    workers: int
+    runs: int
+    calls: int
+    makespan: float
+    run_p50: float
+    run_p95: float
+    computed_tokens: int
+    fewest_tokens: int
+    balance: float
+    preemptions: int
+    wall_s: float
+    decisions: int
+    decide_us: float
+    """Microseconds of `decide` per call, on average."""
+    decide_p99_us: float
+    """Of one `decide`, which may assign several calls."""
+
+
+class Fleet:
+    """`workers` engines behind one system."""
+
+    def __init__(
+        self,
+        system: System,
+        workers: int,
+        config: EngineConfig,
+        settings: DispatchSettings | None = None,
+        *,
+        count_fewest: bool = True,
+    ) -> None:
+        self._system = system
+        self._block = config.block
+        self._engines = [Scheduler(config) for _ in range(workers)]
+        self._count_fewest = count_fewest
+        # All mutable state: the clock; events (time, number, what to do); calls in the engines by id; the policy's
+        # state; loads and trees of the other systems; what is measured.
+        self.now = 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._steps: list[int] = [0] * workers
+        """Number of the event that ends the engine's step; 0: it is idle; `_ENDING`: that event is being handled."""
+        self._number = 0
+        self._calls: dict[str, Call] = {}
+        self._state = DispatchState(settings or DispatchSettings(max_queue=1 << 30))
+        for index in range(workers):
+            name = str(index)
+            capacity = config.blocks - 1
+            self._state.workers[name] = WorkerState(name, frozenset({_MODEL}), self._block, capacity)
+        self._decide_due = False
+        self._turn = 0
+        self._trees: list[set[int]] = [set() for _ in range(workers)]
+        self._shared: dict[tuple[int, int], Prefix] = {}
+        self._root = Prefix((), (), 0)
+        self._seen: set[int] = set()
+        self._fewest = 0
+        self._finished = 0
+        self._latencies: list[float] = []
+        self._decide_s: list[float] = []
+        self._on_run_end: Callable[[], None] = lambda: None
+        self._think: Callable[[], float] = lambda: 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Fleet {self._system}, {len(self._engines)} engines, {self._finished} calls done at {self.now:.1f} s>"
+        )
+
+    # -- events
+
+    def _at(self, when: float, action: Callable[[], None]) -> int:
+        self._number += 1
+        heapq.heappush(self._events, (when, self._number, action))
+        return self._number
+
+    def simulate(
+        self,
+        graph: Sequence[Node],
+        runs: int,
+        *,
+        concurrent: int | None = None,
+        rate: float | None = None,
+        think_s: float = 0.0,
+        seed: int = 1,
+    ) -> FleetResult:
+        """`runs` runs of `graph`: all at once, `concurrent` at a time, or at `rate` a second (Poisson).
+
+        `think_s`: mean of the exponential pause of the client before each call that has parents."""
+        rng = random.Random(seed)
+        began = time.perf_counter()
+        started = 0
+
+        def begin() -> None:
+            nonlocal started
+            if started < runs:
+                started += 1
+                self._begin(graph, started)
+
+        if think_s:
+            self._think = lambda: rng.expovariate(1 / think_s)
+        if rate is not None:
+            when = 0.0
+            for _ in range(runs):
+                self._at(when, begin)
+                when += rng.expovariate(rate)
+        else:
+            self._on_run_end = begin
+            for _ in range(min(runs, concurrent or runs)):
+                begin()
+        self._pump()
+        events = self._events
+        while events:
+            when, number, action = heapq.heappop(events)
+            self.now = when
+            self._current = number
+            action()
+            while events and events[0][0] == when:
+                _, self._current, action = heapq.heappop(events)
+                action()
+            self._pump()
+        return self._result(len(self._engines), runs, time.perf_counter() - began)
+
+    # -- runs
+
+    def _begin(self, graph: Sequence[Node], seq: int) -> None:
+        run = _Run(seq, self.now, graph, [len(node.parents) for node in graph], len(graph))
+        for place, node in enumerate(graph):
+            if not node.parents:
+                self._arrive(run, place)
+
+    def _prefix(self, run: _Run, pieces: Sequence[Piece]) -> Prefix:
+        prefix = self._root
+        own = False
+        for piece in pieces:
+            own = own or piece.own
+            memo = run.prefixes if own else self._shared
+            key = (id(prefix), piece.key)
+            found = memo.get(key)
+            if found is None:
+                name = hash((run.seq, piece.key)) if piece.own else piece.key
+                found = memo[key] = prefix.extend(name, piece.tokens, self._block)
+            prefix = found
+        return prefix
+
+    def _arrive(self, run: _Run, place: int) -> None:
+        node = run.graph[place]
+        call = Call(run, place, self._prefix(run, node.prompt))
+        name = f"{run.seq}/{node.name}"
+        self._calls[name] = call
+        chain = call.prefix.hashes
+        if self._count_fewest:
+            self._fewest += node.prompt_tokens - len(chain) * self._block
+            for block in reversed(chain):
+                if block in self._seen:
+                    break
+                self._seen.add(block)
+                self._fewest += self._block
+        if self._system != "helium":
+            self._send(name, call, self._pick(chain), 0)
+            return
+        call.queued = self._queued(name, run.seq, node, chain)
+        self._state.enqueue(call.queued, self.now)
+        self._decide_due = True
+
+    def _queued(self, name: str, seq: int, node: Node, chain: tuple[int, ...]) -> QueuedCall:
+        hints = node.hints
+        return QueuedCall(
+            name,
+            _MODEL,
+            "t",
+            chain,
+            self._block,
+            node.prompt_tokens,
+            float(node.output.tokens),
+            self.now,
+            hints=Hints(
+                path_calls=hints.path_calls,
+                path_output_tokens=hints.path_output_tokens,
+                path_prompt_tokens=hints.path_prompt_tokens,
+                descends=hints.descends,
+                run_seq=seq,
+            ),
+        )
+
+    def calls_of(self, graph: Sequence[Node], runs: int) -> list[QueuedCall]:
+        """Every call of `runs` runs as the dispatcher would see it, run by run."""
+        calls = []
+        for seq in range(1, runs + 1):
+            run = _Run(seq, self.now, graph, [], 0)
+            calls += [
+                self._queued(f"{seq}/{node.name}", seq, node, self._prefix(run, node.prompt).hashes) for node in graph
+            ]
+        return calls
+
+    def _pump(self) -> None:
+        """Everything of this instant has happened: decide."""
+        if not self._decide_due or not self._state.queues:
+            self._decide_due = False
+            return
+        self._decide_due = False
+        began = time.perf_counter()
+        assignments = decide(self._state, self.now)
+        self._decide_s.append(time.perf_counter() - began)
+        for assignment in assignments:
+            call = self._calls[assignment.call.id]
+            call.assignment = assignment
+            self._send(assignment.call.id, call, int(assignment.worker), assignment.engine_priority)
+        due = next_decision(self._state, self.now)
+        if due is not None:
+            self._at(max(due, self.now + 1e-3), self._decide_later)
+
+    def _decide_later(self) -> None:
+        self._decide_due = True
+
+    def _pick(self, chain: Sequence[int]) -> int:
+        if self._system == "rr":
+            self._turn += 1
+            return self._turn % len(self._engines)
+        loads = [len(engine._live) for engine in self._engines]  # what a router counts: its calls in flight
+        low, high = min(loads), max(loads)
+        if high - low > 64 and high > 1.5 * low:
+            index = loads.index(low)
+        else:
+            matches = [_match(chain, tree) for tree in self._trees]
+            best = max(matches)
+            sizes = [len(tree) for tree in self._trees]
+            index = matches.index(best) if chain and best > 0.3 * len(chain) else sizes.index(min(sizes))
+        self._trees[index].update(chain)
+        return index
+
+    # -- engines
+
+    def _send(self, name: str, call: Call, worker: int, priority: int) -> None:
+        node = call.run.graph[call.place]
+        whole = self._whole(call)
+        call.worker = worker
+        engine = self._engines[worker]
+        request = Request(name, node.prompt_tokens, node.output.tokens, whole.hashes, priority=priority)
+        engine.add(request, self.now)
+        if self._steps[worker] > 0:
+            self._steps[worker] = self._at(engine.cut(self.now), lambda: self._step_over(worker))
+        elif not self._steps[worker]:
+            self._step(worker)
+
+    def _whole(self, call: Call) -> Prefix:
+        """Prompt and reply."""
+        key = (id(call.prefix), call.run.graph[call.place].output.key)
+        found = call.run.prefixes.get(key)
+        if found is None:
+            output = call.run.graph[call.place].output
+            name = hash((call.run.seq, output.key))
+            found = call.run.prefixes[key] = call.prefix.extend(name, output.tokens, self._block)
+        return found
+
+    def _step(self, worker: int) -> None:
+        end = self._engines[worker].start(self.now)
+        self._steps[worker] = 0 if end is None else self._at(end, lambda: self._step_over(worker))
+
+    def _step_over(self, worker: int) -> None:
+        if self._steps[worker] != self._current:
+            return  # the step was cut short meanwhile
+        self._steps[worker] = _ENDING
+        for request in self._engines[worker].finish().finished:
+            self._done(request)
+        self._step(worker)
+
+    def _done(self, request: Request) -> None:
+        call = self._calls.pop(request.id)
+        run, node = call.run, call.run.graph[call.place]
+        self._finished += 1
+        whole = self._whole(call).hashes
+        if self._count_fewest:
+            self._seen.update(whole[len(call.prefix.hashes) :])
+        if call.assignment is not None and call.queued is not None:
+            self._release(call.assignment, call.queued, request, whole[len(call.prefix.hashes) :])
+        run.left -= 1
+        if not run.left:
+            self._latencies.append(self.now - run.started)
+            run.prefixes.clear()
+            self._on_run_end()
+            return
+        for child in node.children:
+            run.waiting[child] -= 1
+            if not run.waiting[child]:
+                pause = self._think()
+                if pause:
+                    self._at(self.now + pause, lambda child=child: self._arrive(run, child))  # type: ignore[misc]
+                else:
+                    self._arrive(run, child)
+
+    def _release(self, assignment: Assignment, queued: QueuedCall, request: Request, extension: Any) -> None:
+        """As `Dispatcher.release` does."""
+        worker = self._state.workers[assignment.worker]
+        worker.release(queued.id, extension)
+        if request.cached_tokens + self._block <= assignment.cached_tokens:
+            worker.residency.correct(queued.chain, request.cached_tokens // self._block)
+            worker.version += 1
+        computed = queued.prompt_tokens - request.cached_tokens
+        worker.rates.finished(computed, queued.output_tokens, self.now - assignment.started_at, self.now)
+        self._decide_due = True
+
+    def _result(self, workers: int, runs: int, wall_s: float) -> FleetResult:
+        counters = [engine.counters for engine in self._engines]
+        busy = [counter.busy_s for counter in counters]
+        latencies = sorted(self._latencies)
+        spent = sorted(self._decide_s)
+        return FleetResult(
+            system=self._system,
+            workers=workers,
+            runs=runs,
+            calls=self._finished,
+            makespan=self.now,
+            run_p50=latencies[len(latencies) // 2],
+            run_p95=latencies[int(0.95 * (len(latencies) - 1))],
+            computed_tokens=sum(counter.computed_tokens for counter in counters),
+            fewest_tokens=self._fewest,
+            balance=max(busy) * len(busy) / sum(busy),
+            preemptions=sum(counter.preemptions for counter in counters),
+            wall_s=wall_s,
+            decisions=len(spent),
+            decide_us=1e6 * sum(spent) / max(1, self._finished),
+            decide_p99_us=1e6 * spent[int(0.99 * (len(spent) - 1))] if spent else 0.0,
+        )
+
+
+def _match(chain: Sequence[int], tree: set[int]) -> int:
+    """Leading blocks of `chain` in the tree: prefixes only, so a bisection."""
+    low, high = 0, len(chain)
+    while low < high:
+        middle = (low + high) // 2
+        if chain[middle] in tree:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+__all__ = ["Fleet", "FleetResult", "Node", "Piece", "trace"]

@@ -1,0 +1,190 @@
+"""Sweeps past this machine's size, in virtual time: ``python -m benchmarks.simulate``.
+
+One parameter at a time around a base point (8 engines at an H100's rates, Trading, prompt sizes P1, KV for a sixth
+of what 64 runs touch), helium-proxy's policy against round robin and longest-prefix-first; how the cost of deciding
+grows with queue and workers; and a fleet of 64 workers with 1,000 runs at a time.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import click
+from rich.console import Console
+
+from helium_proxy.dispatch.policy import decide
+from helium_proxy.dispatch.settings import DispatchSettings
+from helium_proxy.dispatch.state import DispatchState, WorkerState
+from helium_proxy.engine import EngineConfig
+
+from .campaign import save
+from .fleet import Fleet, Node, System, trace
+from .workloads import SIZES, WORKLOADS, Run, Workload
+from .workloads.base import document_inputs
+from .workloads.map_reduce import with_experts
+
+SYSTEMS: tuple[System, ...] = ("rr", "affinity", "helium")
+_WORKERS = 8
+_RUNS = 64
+_BLOCK = 16
+
+
+def config(blocks: int, block: int = _BLOCK) -> EngineConfig:
+    """An engine at an H100's rates with `blocks` KV blocks."""
+    longest = min(32_768, (blocks - 1) * block)
+    return EngineConfig(
+        profile="h100-8b", num_blocks=blocks, block_size=block, max_model_len=longest, policy="priority"
+    )
+
+
+def touched(graph: list[Node], runs: int) -> int:
+    """Tokens that `runs` runs touch: distinct prompt tokens and replies."""
+    probe = Fleet("rr", 1, config(1 << 20))
+    result = probe.simulate(graph, runs)
+    return result.fewest_tokens + runs * sum(node.output.tokens for node in graph)
+
+
+def blocks_for(tokens: float, workers: int, block: int = _BLOCK) -> int:
+    """KV blocks per worker so that all together hold `tokens`; never less than the longest prompts need."""
+    return max(400, round(tokens / workers / block)) + 1
+
+
+def fan_out(count: int) -> Workload:
+    """Map-Reduce with `count` experts."""
+
+    async def program(run: Run) -> str:
+        return await with_experts(run, count)
+
+    return Workload(f"map_reduce_{count}", program, document_inputs, calls_per_run=count + 1)
+
+
+class Sweeps:
+    """Collects points of (sweep, x, system)."""
+
+    def __init__(self, console: Console, runs: int) -> None:
+        self._console = console
+        self._runs = runs
+        self.points: list[dict[str, Any]] = []
+
+    def measure(self, sweep: str, x: float, fleet: tuple[int, EngineConfig], graph: list[Node], **how: Any) -> None:
+        """Every system at one point; `how` is given to `Fleet.simulate`."""
+        for system in SYSTEMS:
+            result = Fleet(system, *fleet).simulate(graph, **how)
+            self.points.append({"sweep": sweep, "x": x, **asdict(result)})
+            self._console.print(
+                f"{sweep:10} {x:8g} {system:9} {result.makespan:8.2f} s  {result.calls:7} calls  "
+                f"x{result.computed_tokens / max(1, result.fewest_tokens):.2f} min  busiest {result.balance:.2f}  "
+                f"run p95 {result.run_p95:7.2f} s  preempted {result.preemptions:4}  "
+                f"[dim]{result.wall_s:.1f} s, decide {result.decide_us:.0f} us a call"
+            )
+
+    def run_all(self) -> None:
+        runs = self._runs
+        trading = trace(WORKLOADS["trading"], SIZES["P1"])
+        whole = touched(trading, runs)
+        base = (_WORKERS, config(blocks_for(whole / 6, _WORKERS)))
+        for workers in (1, 2, 4, 8, 16, 32, 64):
+            batch = max(2, runs * workers // _WORKERS)
+            self.measure("workers", workers, (workers, base[1]), trading, runs=batch)
+        for divisor in (12, 6, 3, 1.5, 0.75):
+            kv = config(blocks_for(whole / divisor, _WORKERS))
+            self.measure("kv", 1 / divisor, (_WORKERS, kv), trading, runs=runs)
+        for batch in (runs // 8, runs // 4, runs // 2, runs, runs * 2):
+            self.measure("batch", batch, base, trading, runs=batch)
+        for count in (2, 4, 8, 16, 32, 64):
+            graph = trace(fan_out(count), SIZES["P1"])
+            many = max(4, runs * 88 // (count + 1))
+            kv = config(blocks_for(touched(graph, many) / 6, _WORKERS))
+            self.measure("fan-out", count, (_WORKERS, kv), graph, runs=many)
+        for think in (0.0, 0.1, 0.3, 1.0, 3.0):
+            self.measure("think", think, base, trading, runs=runs, think_s=think)
+        alone = Fleet("rr", *base).simulate(trading, runs)
+        for load in (0.25, 0.5, 0.75, 0.9, 1.0):
+            self.measure("arrivals", load, base, trading, runs=runs * 2, rate=load * runs / alone.makespan)
+
+
+def decide_cost(console: Console) -> list[dict[str, float]]:
+    """Seconds of one `decide` with a given queue and number of busy workers, one call just finished."""
+    points = []
+    graph = trace(WORKLOADS["trading"], SIZES["P1"])
+    cases = [(16, queue) for queue in (10, 100, 1_000, 2_000, 5_000, 10_000)]
+    cases += [(workers, 2_000) for workers in (1, 2, 4, 8, 32, 64)]
+    for workers, queue in cases:
+        state = DispatchState(DispatchSettings(max_queue=1 << 30))
+        for index in range(workers):
+            state.workers[str(index)] = WorkerState(str(index), frozenset({"demo"}), _BLOCK, 4_000)
+        fleet = Fleet("helium", 1, config(4_001))
+        calls = fleet.calls_of(graph, -(-(queue + workers * 40) // len(graph)))
+        for call in calls[: queue + workers * 40]:
+            state.enqueue(call, 0.0)
+        running = [(assignment.worker, assignment.call) for assignment in decide(state, 0.0)]
+        now, spent = 0.0, []
+        for worker, call in running[:200]:
+            now += 0.05
+            state.workers[worker].release(call.id)
+            began = time.perf_counter()
+            decide(state, now)
+            spent.append(time.perf_counter() - began)
+        spent.sort()
+        point = {
+            "workers": workers,
+            "queue": queue,
+            "median_us": 1e6 * median(spent),
+            "p99_us": 1e6 * spent[int(0.99 * (len(spent) - 1))],
+        }
+        points.append(point)
+        console.print(
+            f"decide: {workers:3} workers, {state.queued:6} queued: median {point['median_us']:.0f} us, "
+            f"p99 {point['p99_us']:.0f} us"
+        )
+    return points
+
+
+def fleet_of_64(console: Console, calls: int, limit_s: float) -> dict[str, Any]:
+    """64 workers, 1,000 runs at a time: `calls` calls, or what a pilot says fits into `limit_s`."""
+    block = 64
+    graph = trace(WORKLOADS["trading"], SIZES["P1"])
+    kv = config(2_001, block)
+    results: dict[str, Any] = {}
+    for system in ("rr", "helium"):
+        pilot = Fleet(system, 64, kv, count_fewest=False).simulate(graph, 40, concurrent=40)
+        affordable = int(limit_s / (pilot.wall_s / pilot.calls))
+        runs = max(1_000, min(calls, affordable) // len(graph))
+        result = Fleet(system, 64, kv, count_fewest=False).simulate(graph, runs, concurrent=1_000)
+        results[system] = asdict(result)
+        console.print(
+            f"64 workers, 1,000 runs at a time, {system}: {result.calls:,} calls, {result.makespan:,.0f} s simulated "
+            f"in {result.wall_s:.0f} s; run p95 {result.run_p95:.0f} s; decide {result.decide_us:.0f} us a call"
+        )
+    return results
+
+
+@click.command()
+@click.option("--runs", default=_RUNS, help="Runs at the base point.")
+@click.option("--calls", default=1_000_000, help="Of the large fleet.")
+@click.option("--limit", default=600.0, help="Seconds for each system of the large fleet.")
+@click.option("--parts", default="sweeps,decide,fleet", help="Comma list.")
+@click.option("--out", help="Name of the result file in benchmarks/results (default: not saved).")
+def main(runs: int, calls: int, limit: float, parts: str, out: str | None) -> None:
+    """Run the sweeps."""
+    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
+    result: dict[str, Any] = {"base": {"workers": _WORKERS, "runs": runs, "shape": "trading", "sizes": "P1"}}
+    wanted = parts.split(",")
+    if "sweeps" in wanted:
+        sweeps = Sweeps(console, runs)
+        sweeps.run_all()
+        result["points"] = sweeps.points
+    if "decide" in wanted:
+        result["decide"] = decide_cost(console)
+    if "fleet" in wanted:
+        result["fleet"] = fleet_of_64(console, calls, limit)
+    if out:
+        console.print(f"saved {save(result, out)}")
+
+
+if __name__ == "__main__":
+    main()
