@@ -141,10 +141,11 @@ class Load:
             again = {"role": "user", "content": "Now another."}
             await client.post("/v1/chat/completions", json={**first, "messages": [*first["messages"], reply, again]})
 
-    async def everything(self, runs: int = 1) -> None:
+    async def everything(self, runs: int = 1, name: str = "trading") -> None:
+        """Equal `name`s give equal prompts, which the prompt cache answers."""
         await self.errors()
         await asyncio.gather(
-            *(self.trading(f"trading-{index}") for index in range(runs)),
+            *(self.trading(f"{name}-{index}") for index in range(runs)),
             self.repeats(),
             self.stream(),
             self.untagged(),
