@@ -21,7 +21,7 @@ async def fail(seen: Seen) -> None:
 
 
 async def ask(client: aiohttp.ClientSession, url: str, text: str) -> tuple[int, str]:
-    async with client.post(url, json=chat(text, max_tokens=8, ignore_eos=True)) as response:
+    async with client.post(url, json=chat(text, max_tokens=20, ignore_eos=True)) as response:
         await response.read()
         return response.status, response.headers.get("x-helium-worker", "")
 
@@ -32,10 +32,8 @@ async def test_an_engine_killed_under_200_calls_costs_none_of_them(stack: Stack)
     async with many_client() as client:
         calls = [asyncio.create_task(ask(client, proxy.url + CHAT, f"question {i}")) for i in range(200)]
 
-        async def busy() -> bool:
-            return await doomed.running(proxy.client) > 20
-
-        await until(busy)
+        sick = next(w for w in proxy.services.pool if w.spec.url == doomed.url)
+        await until(lambda: sick.inflight > 40)
         await doomed.server.kill()
         answers = await asyncio.gather(*calls)
     assert [status for status, _ in answers] == [200] * 200
