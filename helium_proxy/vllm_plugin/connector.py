@@ -28,6 +28,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import get_block_hash
 
 from .pins import BadDirective, Change, Directive, PinLedger, parse_directive
 from .stats import PinConnectorStats, PinPromMetrics
@@ -182,8 +183,10 @@ class HeliumConnector(KVConnectorBase_V1, SupportsHMA):
         blocks = block_ids[0][:count]
         if len(blocks) < count or len(request.block_hashes) < count:
             raise BadDirective("the request ended before its prefix was computed")
-        if any(pool.blocks[block].is_null or pool.blocks[block].block_hash is None for block in blocks):
-            raise BadDirective("the prefix's blocks are not in the prefix cache")
+        for block, expected in zip(blocks, request.block_hashes, strict=False):
+            stored = pool.blocks[block].block_hash
+            if stored is None or get_block_hash(stored) != expected:
+                raise BadDirective("the prefix's blocks are not in the prefix cache")
         return blocks
 
     def _make_room(self, request: Request, num_computed_tokens: int) -> None:

@@ -122,7 +122,7 @@ def pinning_pair(folder: Path) -> tuple[VllmEngine, VllmEngine]:
     }
     both = {
         "kv_connector": "MultiConnector",
-        "kv_role": "kv_both",
+        "kv_role": "kv_producer",  # one that serves as well
         "kv_connector_extra_config": {"connectors": [pins, other]},
     }
     first, second = (

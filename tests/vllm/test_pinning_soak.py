@@ -6,12 +6,13 @@ import os
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import VllmEngine
-from pinner import BLOCK, BUDGET, Pinner, tokens, wait_until
+from pinner import BLOCK, BUDGET, Pinner, pinning_pair, tokens, wait_until
 
 SECONDS = float(os.environ.get("HELIUM_SOAK_SECONDS", "120"))
 RESTARTS = max(1, int(SECONDS // 300))
@@ -83,8 +84,15 @@ def kill_under_load_and_restart(pinner: Pinner) -> None:
     assert pinner.report() == {"pinned_blocks": 0, "budget_blocks": BUDGET}
 
 
-def test_soak(pinning_engines: tuple[VllmEngine, VllmEngine]) -> None:
-    pinner = Pinner(pinning_engines[0])
+@pytest.fixture
+def pinner(vllm_env: None, tmp_path: Path) -> Iterator[Pinner]:
+    engine, _ = pinning_pair(tmp_path)
+    with engine:
+        yield Pinner(engine)
+        assert "Traceback" not in engine.log.read_text()
+
+
+def test_soak(pinner: Pinner) -> None:
     check_all_free(pinner)
     seen: Counter[str] = Counter()
     for part in range(RESTARTS + 1):
