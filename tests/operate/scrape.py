@@ -42,9 +42,10 @@ def fast_copy(folder: Path) -> Path:
 
 @dataclass
 class Prometheus:
-    """Its HTTP API."""
+    """Its HTTP API. With `at`, queries are of that moment (Unix seconds), however long they take."""
 
     base: str
+    at: float | None = None
 
     def get(self, path: str, **parameters: str) -> Any:
         answer = httpx.get(f"{self.base}/api/v1/{path}", params=parameters, timeout=20)
@@ -54,7 +55,8 @@ class Prometheus:
 
     def query(self, expr: str) -> list[float]:
         """The values of an instant query, NaN left out. Raises AssertionError where Prometheus refuses it."""
-        values = [float(one["value"][1]) for one in self.get("query", query=expr)["result"]]
+        when = {} if self.at is None else {"time": f"{self.at:.3f}"}
+        values = [float(one["value"][1]) for one in self.get("query", query=expr, **when)["result"]]
         return [value for value in values if not math.isnan(value)]
 
     def targets(self) -> dict[str, str]:
