@@ -34,7 +34,7 @@ def problem_of(raw: dict[str, Any], workers: list[PlanWorker]) -> Problem:
 
 
 def check(problem: Problem, solution: Solution) -> None:
-    """`solution` is a schedule: everything once, on a worker that serves it, no earlier than worker and inputs allow."""
+    """`solution` is a schedule: everything once, on a worker that serves it, when worker and inputs allow."""
     assert sorted(solution.order) == list(range(problem.size))
     for j in range(problem.size):
         assert solution.worker[j] in problem.eligible[j]

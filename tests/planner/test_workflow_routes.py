@@ -81,7 +81,7 @@ async def test_events(sites: Any) -> None:
     assert stream.headers["content-type"].startswith("text/event-stream")
     found = events_of(stream.text)
     assert [seq for seq, _, _ in found] == [str(i) for i in range(1, len(found) + 1)]
-    assert [data for _, name, data in found if name == "input"][0]["outputs"]
+    assert next(data for _, name, data in found if name == "input")["outputs"]
     assert found[-1][1:] == ("job", {"state": "completed"})
     again = await site.client.get(f"/v1/workflows/{job['id']}/events", headers={"last-event-id": found[-3][0]})
     assert events_of(again.text) == found[-2:]
