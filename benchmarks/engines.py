@@ -22,6 +22,7 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from helium_proxy.engine.profile import PROFILES
+from helium_proxy.residency.kv_events import event_sources
 
 from .process import ROOT, Server, StartFailed, free_port
 
@@ -150,10 +151,14 @@ class Engines:
                 response.raise_for_status()
 
     async def learn(self, session: aiohttp.ClientSession) -> None:
-        """Ask the engines for their model and their KV shape."""
+        """Ask the engines for their model, their KV events and their KV's shape."""
         async with session.get(f"{self.urls[0]}/v1/models") as response:
             response.raise_for_status()
             self.model = (await response.json())["data"][0]["id"]
+        for url in self.urls:
+            async with session.get(f"{url}/kv_event_sources") as response:
+                known = await response.json() if response.status == 200 else {}
+            self.events += [source.endpoint for source in event_sources(known, url)]
         scrape = (await self.scrape(session))[0]
         self.block_size, self.num_blocks = scrape.block_size, scrape.num_blocks
 
@@ -194,8 +199,6 @@ async def _start_embedded(spec: str, count: int, options: EngineOptions, session
             Server(f"engine-{index}", command, {"VLLM_SERVER_DEV_MODE": "1"}, ready_url=f"{url}/health")
         )
         engines.urls.append(url)
-        if events_port is not None:
-            engines.events.append(f"tcp://127.0.0.1:{events_port}")
     try:
         for server in engines.owned:
             await server.wait_ready(session)
@@ -232,8 +235,7 @@ def _start_vllm(spec: str, count: int, options: EngineOptions) -> Engines:
         vllm.start_engines(servers)
     except vllm.EngineFailed as failure:
         raise StartFailed(str(failure)) from failure
-    events = [f"tcp://127.0.0.1:{server.events_port}" for server in servers if server.events_port is not None]
-    return Engines(spec, [server.url for server in servers], events=events, owned=list(servers))
+    return Engines(spec, [server.url for server in servers], owned=list(servers))
 
 
 async def start(spec: str, options: EngineOptions, session: aiohttp.ClientSession) -> Engines:

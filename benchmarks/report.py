@@ -86,8 +86,8 @@ def _gpu(results: sections.Results) -> str:
     if "gpu" in results:
         return sections.campaign_section("gpu", "On a GPU", "Two vLLM engines share one GPU.")(results, PLOTS)
     return (
-        "## On a GPU\n\n**Not run.** `benchmarks/gpu/run.sh` does it on a machine with a GPU and vLLM: two engines "
-        "with random weights of Qwen3-8B's shape, the same harness."
+        "## On a GPU\n\n**Not run.** `python -m benchmarks.gpu.run` does it on a machine with a GPU and vLLM: two "
+        "engines with random weights of Qwen3-8B's shape, the same harness."
     )
 
 

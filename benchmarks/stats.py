@@ -163,11 +163,11 @@ def best_peers(table: Sequence[Row]) -> dict[tuple[str, int], Row]:
 
 
 def speedups(table: Sequence[Row]) -> dict[str, dict[tuple[str, int], float]]:
-    """system -> (shape, phase) -> the best peer's median makespan ÷ the system's."""
+    """system -> (shape, phase) -> the best peer's median makespan ÷ the system's; nothing where it failed calls."""
     best = best_peers(table)
     result: dict[str, dict[tuple[str, int], float]] = {}
     for row in table:
         key = (row.shape, row.phase)
-        if key in best:
+        if key in best and not row.failed_calls:
             result.setdefault(row.system, {})[key] = best[key].makespan / row.makespan
     return result

@@ -80,7 +80,7 @@ def _vllm_router(*extra: str, events: bool = False) -> Callable[[Engines, int], 
         python = build_peers.python_of("vllm-router")
         line = [str(python.with_name("vllm-router")), "--host", "127.0.0.1", "--port", str(port)]
         line += ["--worker-urls", *engines.urls, "--worker-startup-check-interval", "1", "--log-level", "warning"]
-        line += ["--prometheus-port", str(port + 1 if port < 65535 else port - 1)]
+        line += ["--prometheus-port", str(free_port())]
         if events:
             for url, endpoint in zip(engines.urls, engines.events, strict=True):
                 line += ["--kv-event-source", f"{url}={endpoint}"]
@@ -95,7 +95,7 @@ def _sglang_router(engines: Engines, port: int) -> list[str]:
     line = [str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
     line += ["--worker-urls", *engines.urls, "--policy", "cache_aware", "--log-level", "warn"]
     line += ["--worker-startup-check-interval", "1", "--prometheus-host", "127.0.0.1"]
-    return [*line, "--prometheus-port", str(port + 1 if port < 65535 else port - 1)]
+    return [*line, "--prometheus-port", str(free_port())]
 
 
 def _litellm(engines: Engines, port: int) -> list[str]:

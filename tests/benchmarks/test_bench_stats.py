@@ -52,6 +52,18 @@ def test_speedup_is_over_the_best_peer_of_each_shape() -> None:
     assert geometric_mean(ours.values()) == pytest.approx(math.sqrt(2))
 
 
+def test_a_system_that_failed_calls_is_neither_a_peer_nor_ahead() -> None:
+    table = rows(
+        [
+            measurement("rr", 10.0),
+            measurement("sglang", 1.0, failed_calls=2),
+            measurement("helium", 5.0, failed_calls=1),
+        ]
+    )
+    assert [row.system for row in best_peers(table).values()] == ["rr"]
+    assert speedups(table) == {"rr": {("debate", 0): 1.0}}
+
+
 def test_rows_take_medians_but_the_worst_of_what_must_not_happen() -> None:
     (row,) = rows([measurement("rr", span, preemptions=float(span == 9.0)) for span in (3.0, 9.0, 4.0)])
     assert (row.makespan, row.makespan_low, row.makespan_high, row.preemptions) == (4.0, 3.0, 9.0, 1.0)

@@ -1,0 +1,1 @@
+"""The same harness in front of vLLM on a GPU: see `run`."""

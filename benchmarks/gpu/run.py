@@ -1,0 +1,123 @@
+"""Two vLLM engines on one machine with a GPU, the usual systems in front: ``python -m benchmarks.gpu.run``.
+
+Needs an interpreter that has vLLM (``--vllm-python``); nothing is downloaded. The engines share one GPU
+(``--gpus 0,0``) or have one each (``--gpus 0,1``). Their KV is held to ``--blocks`` blocks, so that a batch's working
+set is several times what they hold. ``--shape tiny --gpus cpu,cpu`` with the CPU build of vLLM tries the script where
+there is no GPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import click
+from rich.console import Console
+
+from benchmarks import tables
+from benchmarks.campaign import Campaign, execute, save
+from benchmarks.engines import EngineOptions
+from benchmarks.process import ROOT, Server, StartFailed, free_port
+from benchmarks.stats import Measurement
+from benchmarks.workloads import PAPER_SHAPES, SIZES
+
+MODEL = "demo"
+
+
+def engine(
+    python: str, model: Path, gpu: str, *, port: int, events: int, blocks: int, share: float, extra: tuple[str, ...]
+) -> Server:
+    """One vLLM API server; started, not yet ready."""
+    endpoint = f"tcp://*:{events}"
+    publish = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint, "topic": "kv-events"}
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--num-gpu-blocks-override", str(blocks), "--max-model-len", "8192"]
+    command += ["--scheduling-policy", "priority", "--enable-prompt-tokens-details"]
+    command += ["--kv-events-config", json.dumps(publish)]
+    if gpu != "cpu":
+        command += ["--gpu-memory-utilization", str(share)]
+    env = {
+        "CUDA_VISIBLE_DEVICES": "" if gpu == "cpu" else gpu,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    return Server(f"vllm-{port}", [*command, *extra], env, f"http://127.0.0.1:{port}/health")
+
+
+async def measure(servers: list[Server], campaign: Campaign, console: Console, out: str | None) -> dict[str, Any]:
+    async with aiohttp.ClientSession() as session:
+        for server in servers:
+            await server.wait_ready(session, timeout_s=900)
+    checkpoint = partial(save, name=out) if out else lambda result: None
+    return await execute(campaign, console, checkpoint)
+
+
+@click.command()
+@click.option("--vllm-python", default=sys.executable, help="An interpreter with vLLM.")
+@click.option("--shape", default="qwen3-8b", help="qwen3-8b, or tiny to try the script.")
+@click.option("--gpus", default="0,0", help="GPU of each engine; cpu for the CPU build.")
+@click.option("--blocks", default=4096, help="KV blocks per engine.")
+@click.option("--sizes", default="P1", type=click.Choice(list(SIZES)), help="Prompt sizes.")
+@click.option("--scale", default=4.0, help="Factor on the shapes' batches.")
+@click.option("--shapes", default=",".join(PAPER_SHAPES))
+@click.option("--systems", default="rr,sglang,vllm-router,vllm-router-kv,vllm-router-program,helium,helium-plan")
+@click.option("--repeats", default=3)
+@click.option("--engine-arg", "extra", multiple=True, help="One more argument to the engines' command.")
+@click.option("--out", default="gpu", help="Name of the result file; empty: not saved.")
+def main(vllm_python: str, shape: str, gpus: str, blocks: int, sizes: str, **options: Any) -> None:
+    """Build the model, start the engines, measure, save."""
+    console = Console(width=None if sys.stdout.isatty() else 190)
+    model = ROOT / ".cache" / "models" / f"gpu-{shape}"
+    if not (model / "shape.json").exists():
+        script = Path(__file__).with_name("make_model.py")
+        subprocess.run([vllm_python, str(script), str(model), "--shape", shape], check=True)
+    places = gpus.split(",")
+    ports = [free_port() for _ in places]
+    servers = [
+        engine(
+            vllm_python,
+            model,
+            gpu,
+            port=port,
+            events=free_port(),
+            blocks=blocks,
+            share=round(0.9 / places.count(gpu), 3),
+            extra=options["extra"],
+        )
+        for gpu, port in zip(places, ports, strict=True)
+    ]
+    campaign = Campaign(
+        engines=",".join(f"http://127.0.0.1:{port}" for port in ports),
+        options=EngineOptions(blocks=blocks, extra=options["extra"]),
+        shapes=tuple(options["shapes"].split(",")),
+        systems=tuple(options["systems"].split(",")),
+        sizes=sizes,
+        repeats=options["repeats"],
+        scale=options["scale"],
+    )
+    try:
+        result = asyncio.run(measure(servers, campaign, console, options["out"]))
+    except StartFailed as failure:
+        raise click.ClickException(str(failure)) from failure
+    finally:
+        for server in servers:
+            server.stop()
+    result["about"]["gpus"] = gpus
+    result["about"]["model"] = shape
+    tables.show(console, [Measurement(**m) for m in result["measurements"]])
+    if options["out"]:
+        console.print(f"saved {save(result, options['out'])}")
+
+
+if __name__ == "__main__":
+    main()
