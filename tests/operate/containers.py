@@ -166,6 +166,9 @@ class Stack:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for container in self.containers:  # all at once, then each is waited for
+            with contextlib.suppress(OSError, IndexError):
+                os.kill(container.pid, signal.SIGTERM)
         self._stop.close()
 
     def __getitem__(self, name: str) -> Container:
