@@ -80,7 +80,9 @@ class AppServer:
     async def kill(self) -> None:
         """No more connections, the present ones broken, what ran ended. The app's shutdown still runs."""
         self.refuse()
-        self.cut()
+        for _ in range(5):  # connections that had been accepted are still coming up
+            self.cut()
+            await asyncio.sleep(0.002)
         tasks = list(self._server.server_state.tasks)
         for task in tasks:
             task.cancel()
