@@ -1,4 +1,4 @@
-"""How long planning takes: the paper's Trading workflow over a growing batch, from the request's JSON to the schedule.
+"""How long planning takes: the paper's Trading workflow over a growing batch, from parsed JSON to the schedule.
 
     python -m benchmarks.planning [--repeats N] [--out FILE]
 

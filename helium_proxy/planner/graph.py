@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
@@ -21,8 +21,7 @@ from helium_proxy.planner.settings import PlanSettings
 Kind = Literal["chat", "completion"]
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """A place in a prompt that is no text: a message's beginning (`role` first), or a part such as an image."""
 
     label: str
@@ -54,6 +53,10 @@ def _role_mark(message: Message) -> Mark:
     return Mark(f"{label} {text}", 4 + len(text) // 4)
 
 
+def _is_input(part: Mark | Part) -> bool:
+    return isinstance(part, Reference) and part.kind == "inputs"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class NodeTemplate:
     """What all operators of one node share."""
@@ -73,8 +76,18 @@ class NodeTemplate:
     deterministic: bool = field(init=False)
     head: bytes = field(init=False)
     """Everything in a signature but the prompt."""
+    skeleton: tuple[Mark | Reference, ...] = field(init=False)
+    """The parts that are neither text nor inputs."""
+    static_chars: int = field(init=False)
+    columns: tuple[str, ...] = field(init=False)
+    """Inputs referred to, as often as they are."""
 
     def __post_init__(self) -> None:
+        columns = tuple(part.name for part in self.parts if isinstance(part, Reference) and part.kind == "inputs")
+        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "static_chars", sum(len(part) for part in self.parts if isinstance(part, str)))
+        skeleton = tuple(part for part in self.parts if not isinstance(part, str) and not _is_input(part))
+        object.__setattr__(self, "skeleton", skeleton)
         greedy = self.params.get("temperature") == 0 and self.params.get("n", 1) in (1, None)
         object.__setattr__(self, "deterministic", greedy)
         object.__setattr__(self, "head", _canonical([self.kind, self.model, dict(self.params)]).encode())
@@ -155,7 +168,7 @@ class Operator:
         values, bindings = self.values, self.bindings
         return [
             part
-            if isinstance(part, str | Mark)
+            if not isinstance(part, Reference)
             else values[part.name]
             if part.kind == "inputs"
             else bindings[part.name]
@@ -247,10 +260,8 @@ def _check_lengths(templates: list[NodeTemplate], rows: list[dict[str, str]], se
     lengths = [{name: len(value) for name, value in values.items()} for values in rows]
     total = 0
     for template in templates:
-        static = sum(len(part) for part in template.parts if isinstance(part, str))
-        columns = [p.name for p in template.parts if isinstance(p, Reference) and p.kind == "inputs"]
         for row, known in enumerate(lengths):
-            size = static + sum(known[name] for name in columns)
+            size = template.static_chars + sum(known[name] for name in template.columns)
             total += size
             if size > settings.max_prompt_chars or total > settings.max_total_chars:
                 what, limit = (
@@ -270,20 +281,23 @@ def classes(graph: OperatorGraph) -> dict[int, int]:
     found: dict[int, int] = {}
     buckets: dict[object, list[int]] = {}
     joined: dict[int, tuple[Element, ...]] = {}
+
+    def prompt_of(operator: Operator) -> tuple[Element, ...]:
+        return _join([found[part] if isinstance(part, int) else part for part in operator.prompt()])
+
     for operator in graph.operators.values():
         found[operator.id] = operator.id
-        if not operator.template.deterministic:
+        template, values, bindings = operator.template, operator.values, operator.bindings
+        if not template.deterministic:
             continue
-        prompt = [found[part] if isinstance(part, int) else part for part in operator.prompt()]
-        size = sum(len(part) for part in prompt if isinstance(part, str))
-        shape = tuple(part for part in prompt if not isinstance(part, str))
-        bucket = buckets.setdefault((operator.template.head, size, shape), [])
+        size = template.static_chars + sum([len(values[name]) for name in template.columns])
+        shape = tuple([part if isinstance(part, Mark) else found[bindings[part.name]] for part in template.skeleton])
+        bucket = buckets.setdefault((template.head, size, shape), [])
         if bucket:
-            joined[operator.id] = _join(prompt)
+            joined[operator.id] = prompt_of(operator)
         for other in bucket:
             if other not in joined:
-                rest = graph.operators[other].prompt()
-                joined[other] = _join([found[part] if isinstance(part, int) else part for part in rest])
+                joined[other] = prompt_of(graph.operators[other])
             if joined[other] == joined[operator.id]:
                 found[operator.id] = other
                 break

@@ -98,7 +98,7 @@ def common_prefix(one: str, other: str) -> int:
     return low if one[low : low + 1] != other[low : low + 1] else low + 1
 
 
-def _insert(root: TrieNode, operator: Operator) -> TrieNode:
+def _insert(root: TrieNode, operator: Operator) -> None:
     """Walk down the operator's prompt and its own output, adding what is missing; `at` is how far into the node's
     text the walk has come, since a text may end where another one goes on."""
     node, at = root, 0
@@ -133,7 +133,6 @@ def _insert(root: TrieNode, operator: Operator) -> TrieNode:
             node = _split(node, edge, at + shared)
             edge, at, text = "", 0, text[shared:]
     node.operator = operator.id
-    return node
 
 
 def _split(node: TrieNode, edge: str, at: int) -> TrieNode:
@@ -192,11 +191,12 @@ def build_trie(
     """The tree over the operators of `graph` still to be computed. `count` is called once per distinct text."""
     lengths = expected_lengths(graph, default_output, profile)
     roots: dict[str, TrieNode] = {}
-    leaves: dict[int, TrieNode] = {}
     for id_ in lengths:
         operator = graph.operators[id_]
-        root = roots.setdefault(operator.template.model, TrieNode(None, ()))
-        leaves[id_] = _insert(root, operator)
+        root = roots.get(operator.template.model)
+        if root is None:
+            roots[operator.template.model] = root = TrieNode(None, ())
+        _insert(root, operator)
     counted: dict[tuple[str, str], int] = {}
 
     def tokens_of(element: Element, model: str) -> float:
