@@ -22,7 +22,7 @@ from .server import run_engine
 @click.option("--max-num-seqs", type=int, help="Most sequences in a batch.")
 @click.option("--max-num-batched-tokens", type=int, help="Most tokens in a step.")
 @click.option("--scheduling-policy", default="fcfs", type=click.Choice(["fcfs", "priority"]))
-@click.option("--pin-budget", default=0.5, help="Share of the blocks that pins may hold.")
+@click.option("--pin-budget", default=0.3, help="Share of the blocks that pins may hold.")
 @click.option("--seed", default=0, help="Another seed, other replies.")
 @click.option("--time-scale", default=1.0, help="Engine seconds per real second.")
 @click.option("--api-key", envvar="VLLM_API_KEY", help="Required of clients, if given.")

@@ -170,6 +170,10 @@ class BlockPool:
         self._queue.extendleft(reversed(first))
         self.free += freed
 
+    def references(self, block: int) -> int:
+        """How many requests and pins hold `block`."""
+        return self._refs[block]
+
     def is_cached(self, block: int) -> bool:
         return self._hash[block] is not None
 

@@ -26,7 +26,7 @@ class EngineConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     policy: Policy = "fcfs"
-    pin_budget: float = 0.5
+    pin_budget: float = 0.3
     """The share of the blocks that pins may hold."""
     pin_ttl_s: float = 300.0
     """How long a pin lasts whose directive does not say."""

@@ -178,6 +178,7 @@ class EmbeddedEngine:
                 continue
             end = scheduler.start(now, 1) if self._streams else scheduler.start(now)
             if end is None:  # all that was left has been aborted
+                await asyncio.sleep(0)
                 continue
             late = (end - now) * self.jitter * self._random.random() if self.jitter else 0.0
             remaining = (end + late - self.now()) / scale

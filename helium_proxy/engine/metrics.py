@@ -131,6 +131,9 @@ class EngineMetrics:
             ("num_requests_running", "Requests in model execution batches.", stats.running),
             ("num_requests_waiting", "Requests waiting to be processed.", stats.waiting),
             ("kv_cache_usage_perc", "KV cache usage; 1 means 100 percent.", stats.usage),
+            ("helium_pins", "Named prefixes pinned in the KV cache.", len(self._scheduler.pins)),
+            ("helium_pinned_blocks", "KV cache blocks that pins hold.", stats.pinned_blocks),
+            ("helium_pin_budget_blocks", "Most KV cache blocks that pins may hold.", self._scheduler.pins.budget),
         ):
             gauge = GaugeMetricFamily("vllm:" + name, text, labels=names)
             gauge.add_metric(values, value)
@@ -153,6 +156,10 @@ class EngineMetrics:
             ("num_preemptions", "Preemptions.", counters.preemptions),
         ):
             counter = CounterMetricFamily("vllm:" + name, text, labels=names)
+            counter.add_metric(values, count)
+            yield counter
+        for name, count in self._scheduler.pins.totals.items():
+            counter = CounterMetricFamily(f"vllm:helium_pin_{name}", f"Pins: {name}.", labels=names)
             counter.add_metric(values, count)
             yield counter
         counter = CounterMetricFamily(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import ceil, inf, sqrt
 from typing import Any, Literal
 
 State = Literal["waiting", "prefill", "decode", "finished", "aborted"]
@@ -99,3 +100,29 @@ class StepResult:
     first: list[Request] = field(default_factory=list)
     """Prefilled for the first time, hence with their first token at `end`."""
     finished: list[Request] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Step:
+    """A step in progress, or a run of `ticks` equal decode steps."""
+
+    start: float
+    first_s: float  # duration of the first tick
+    slope_s: float  # by how much each further tick takes longer, for the contexts grow
+    ticks: int
+    decoding: int
+    chunks: list[tuple[Request, int]]
+    skipped: list[Request]
+
+    def end(self, ticks: int) -> float:
+        return self.start + ticks * self.first_s + self.slope_s * (ticks * (ticks - 1) // 2)
+
+    def ticks_until(self, now: float) -> int:
+        """How many of its ticks have begun at `now`; at least one, and all if they take no time."""
+        if self.ticks == 1 or self.first_s <= 0.0 or now == inf:
+            return self.ticks
+        elapsed = max(0.0, now - self.start)
+        half = self.slope_s / 2
+        b = self.first_s - half
+        ticks = (sqrt(b * b + 4 * half * elapsed) - b) / (2 * half) if half > 0.0 else elapsed / self.first_s
+        return min(max(1, ceil(ticks)), self.ticks)

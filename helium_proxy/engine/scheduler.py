@@ -25,27 +25,12 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from dataclasses import dataclass
-from math import ceil, sqrt
+from math import inf
 
 from .blocks import BlockPool
 from .config import EngineConfig
-from .pins import PinTable
-from .request import Counters, Request, Statistics, StepResult
-
-
-@dataclass(slots=True)
-class _Step:
-    start: float
-    first_s: float  # duration of the first tick
-    slope_s: float  # by how much each further tick takes longer, for the contexts grow
-    ticks: int
-    decoding: int
-    chunks: list[tuple[Request, int]]
-    skipped: list[Request]
-
-    def end(self, ticks: int) -> float:
-        return self.start + ticks * self.first_s + self.slope_s * (ticks * (ticks - 1) // 2)
+from .pins import PATIENCE_S, PinTable
+from .request import Counters, Request, Statistics, Step, StepResult
 
 
 def _valid(entry: tuple[int, int, Request]) -> bool:
@@ -72,7 +57,8 @@ class Scheduler:
         self._finishing: list[tuple[int, int, Request]] = []  # heap of (tick, seq, request); may hold outdated ones
         self._decoding = 0  # requests that decode
         self._context = 0  # sum of prompt_tokens - base over them: their contexts' sum at tick 0
-        self._step: _Step | None = None  # started and not finished
+        self._step: Step | None = None  # started and not finished
+        self._next: tuple[Request, float] | None = None  # next in the queue beside pins, and since when
         self._aborting: list[Request] = []  # to be dropped when that step is over
         self._seq = 0
         # ---------------------------------------------------------------------------------------------------
@@ -128,7 +114,9 @@ class Scheduler:
         return True
 
     def reset_prefix_cache(self) -> bool:
-        """Forget pins and cached prefixes; False (the prefixes stay) while any request runs."""
+        """Forget pins and cached prefixes; False, and all stays, while any request runs."""
+        if self._running:
+            return False
         self.pins.clear()
         return self.pool.reset()
 
@@ -173,22 +161,17 @@ class Scheduler:
         first_s = self._profile.step(prefill, attended, decoding, context)
         slope_s = self._profile.context_token_s * decoding
         ticks = 1 if chunks or preempted else self._steady_ticks(max_ticks)
-        self._step = step = _Step(now, first_s, slope_s, ticks, decoding, chunks, skipped)
-        return step.end(ticks)
+        self._step = step = Step(now, first_s, slope_s, ticks, decoding, chunks, skipped)
+        if ticks > 1 and self._waiting and self.pins.blocks:  # a pin that gives way may let one of them in
+            patience = self._next[1] + PATIENCE_S if self._next is not None else inf
+            step.ticks = step.ticks_until(min(patience, self.pins.next_expiry))
+        return step.end(step.ticks)
 
     def cut(self, now: float) -> float:
         """End a run of steps with the one in progress at `now`; returns when that is over."""
         step = self._step
         assert step is not None, "no step is in progress"
-        if step.ticks > 1 and step.first_s > 0.0:
-            elapsed = max(0.0, now - step.start)
-            half = step.slope_s / 2
-            b = step.first_s - half
-            if half > 0.0:
-                ticks = ceil((sqrt(b * b + 4 * half * elapsed) - b) / (2 * half))
-            else:
-                ticks = ceil(elapsed / step.first_s)
-            step.ticks = min(max(1, ticks), step.ticks)
+        step.ticks = step.ticks_until(now)
         return step.end(step.ticks)
 
     def finish(self) -> StepResult:
@@ -308,9 +291,10 @@ class Scheduler:
             total = request.prompt_tokens + request._generated
             hit = pool.lookup(request.hashes, (total - 1) // size) if request.read_cache else []
             need = -(-total // size) - len(hit)
-            while need + pool.idle(hit) > pool.free:
-                if self._running or not self.pins.yield_one():  # what runs will make room; if nothing does, pins must
-                    return
+            if self.pins.blocks:
+                self._relieve(request, -(-total // size), hit, now)
+            if need + pool.idle(hit) > pool.free:
+                return
             self._waiting.pop()
             pool.touch(hit)
             self.pins.used(hit, now)
@@ -329,6 +313,20 @@ class Scheduler:
             chunks.append((request, n))
             budget -= n
 
+    def _relieve(self, request: Request, blocks: int, hit: list[int], now: float) -> None:
+        """Take pinned blocks for `request`, next in the queue, if it could not run beside the pins even alone, or has
+        been next for long; as the connector does."""
+        pool, pins, shared = self.pool, self.pins, set(hit)
+        if blocks > pool.capacity - pins.blocks:
+            shortage = blocks + pins.outside(shared) - pool.capacity
+            pins.relieve(shortage, lambda b: b not in shared)
+        if self._next is None or self._next[0] is not request:
+            self._next = request, now
+        elif now >= self._next[1] + PATIENCE_S:
+            self._next = request, now
+            shortage = blocks - len(hit) + pool.idle(hit) - pool.free
+            pins.relieve(shortage, lambda b: b not in shared and pool.references(b) == 1)
+
     def _register(self, request: Request, full: int) -> None:
         stop = min(full, len(request.hashes))
         if stop > request.registered:
@@ -336,10 +334,8 @@ class Scheduler:
             request.registered = stop
 
     def _make_room(self, blocks: int, request: Request) -> bool:
-        """Free `blocks` blocks for `request`: pins give way first, then running requests; False if it did itself."""
+        """Free `blocks` blocks for `request` by preemption; False if it was itself preempted."""
         while self.pool.free < blocks:
-            if self.pins.yield_one():
-                continue
             if self._by_priority:
                 victim = max(self._running, key=lambda r: (r.priority, r.arrival))
             else:

@@ -21,6 +21,14 @@ def pinned(s: Scheduler, id: str, tokens: int, directive: dict[str, Any], now: f
     return r.pin_reply
 
 
+def step_at(s: Scheduler, now: float, most: int) -> float:
+    """One step, or run of steps; when it ended."""
+    end = s.start(now, most)
+    assert end is not None
+    s.finish()
+    return end
+
+
 def cached(s: Scheduler, id: str, tokens: int) -> int:
     return len(s.pool.lookup(request("q", tokens + 1, prefix=tokens, family=id).hashes, 1 << 20)) * SIZE
 
@@ -32,7 +40,7 @@ def flood(s: Scheduler, now: float = 1.0) -> None:
 
 
 def test_a_pin_survives_a_flood_and_its_release_does_not() -> None:
-    s = make(blocks=16)
+    s = make(blocks=16, pin_budget=0.5)
     assert pinned(s, "p", 16, {"pin": "a"}) == {"pinned_blocks": 4, "budget_blocks": 8}
     pinned(s, "u", 16, {})
     flood(s)
@@ -51,7 +59,7 @@ def test_tokens_bound_what_is_pinned_and_shared_blocks_count_once() -> None:
 
 
 def test_the_budget_holds_and_a_worthier_pin_takes_the_place_of_a_lesser() -> None:
-    s = make(blocks=16)  # a budget of 8 blocks
+    s = make(blocks=16, pin_budget=0.5)
     pinned(s, "a", 20, {"pin": "a"})
     reply = pinned(s, "b", 20, {"pin": "b"})
     assert reply["pinned_blocks"] == 5
@@ -75,6 +83,7 @@ def test_pins_never_keep_a_request_from_running() -> None:
     s = make(blocks=8, pin_budget=1.0)
     pinned(s, "a", 16, {"pin": "a"})
     pinned(s, "b", 8, {"pin": "b", "worth": 5})
+    assert s.pins.blocks == 6
     big = request("big", 20, 4)
     s.add(big, 1.0)
     drain(s, 1.0)
@@ -82,23 +91,62 @@ def test_pins_never_keep_a_request_from_running() -> None:
     assert s.pins.names() == ("b",)
 
 
-def test_pins_give_way_before_anyone_is_preempted() -> None:
+def test_a_request_that_grows_into_the_pins_gets_their_room() -> None:
     s = make(blocks=8, pin_budget=1.0)
     pinned(s, "a", 16, {"pin": "a"})
     long = request("long", 7, 20)
     s.add(long, 1.0)
     drain(s, 1.0)
-    assert (long.state, long.preemptions, s.pins.names()) == ("finished", 0, ())
+    assert (long.state, s.pins.names()) == ("finished", ())
+
+
+@pytest.mark.parametrize("most", [1, 1 << 30])
+def test_pins_delay_a_request_no_longer_than_patience(most: int) -> None:
+    s = make(blocks=16, pin_budget=0.5)
+    pinned(s, "a", 24, {"pin": "a"})
+    s.add(request("runs", 8, 24), 10.0)
+    now = step_at(s, 10.0, most)
+    waits = request("waits", 36)  # 9 blocks; 10 are not pinned, but 2 and more of them are taken
+    s.add(waits, now)
+    while waits.state != "finished":
+        now = step_at(s, now, most)
+    assert waits.scheduled_at is not None
+    assert 5.0 <= waits.scheduled_at - waits.arrival <= 7.0
+    assert s.pins.names() == ()
+
+
+def test_a_reset_takes_pins_only_when_nothing_runs() -> None:
+    s = make(blocks=16)
+    pinned(s, "a", 8, {"pin": "a"})
+    s.add(request("r", 4, 9), 1.0)
+    now = step_at(s, 1.0, 1)
+    assert not s.reset_prefix_cache()
+    assert s.pins.names() == ("a",)
+    drain(s, now)
+    assert s.reset_prefix_cache()
+    assert (s.pins.names(), s.pool.free) == ((), s.pool.capacity)
 
 
 @pytest.mark.parametrize(
     "directive",
     [
-        7, {"pin": ""}, {"pin": 3}, {"pin": "x" * 300}, {"pin": "a", "unpin": "b"}, {"pun": "a"}, {"unpin": "none"},
-        {"renew": "none"}, {"pin": "a", "tokens": 0}, {"pin": "a", "tokens": True}, {"pin": "a", "ttl_s": "x"},
-        {"pin": "a", "ttl_s": float("nan")}, {"pin": "a", "worth": -1},
+        7,
+        {"pin": "a", "tokens": 3},
+        {"pin": "a", "why": 1},
+        {"pin": ""},
+        {"pin": 3},
+        {"pin": "x" * 300},
+        {"pin": "a", "unpin": "b"},
+        {"pun": "a"},
+        {"unpin": "none"},
+        {"renew": "none"},
+        {"pin": "a", "tokens": 0},
+        {"pin": "a", "tokens": True},
+        {"pin": "a", "ttl_s": "x"},
+        {"pin": "a", "ttl_s": float("nan")},
+        {"pin": "a", "worth": -1},
     ],
-)  # fmt: skip
+)
 def test_bad_directives_are_told_and_change_nothing(directive: Any) -> None:
     s = make()
     r = Request("r", 8, 1, (1, 2), directive=directive)
@@ -112,6 +160,9 @@ def test_bad_directives_are_told_and_change_nothing(directive: Any) -> None:
 
 def test_pin_names_are_bounded() -> None:
     s = make()
+    pinned(s, "a", 8, {"pin": "a"})
+    blocks = s.pool.lookup(request("q", 9, prefix=8, family="a").hashes, 2)
     for i in range(1030):
-        s.pins.apply({"pin": str(i)}, [], 0, SIZE, 0.0)
-    assert len(s.pins.names()) == 1024
+        s.pins.apply({"pin": str(i)}, blocks, 8, SIZE, 0.0)
+    assert len(s.pins) == 1024
+    assert s.pins.blocks == 2
