@@ -26,6 +26,7 @@ from helium_proxy.gateway.llm import PLANNED, LlmRoutes
 from helium_proxy.gateway.models import model_routes
 from helium_proxy.gateway.run_metrics import RunMetrics
 from helium_proxy.gateway.services import Background, Services
+from helium_proxy.gateway.tracing import make_tracer
 from helium_proxy.planner.estimate import Estimator
 from helium_proxy.residency.registry import Tokenizers
 from helium_proxy.reuse import Coalescer, build_cache
@@ -83,6 +84,11 @@ def build_services(settings: Settings) -> Services:
         coalescer=Coalescer(reuse.coalesce_window_bytes) if reuse.coalesce else None,
         keyring=Keyring(settings.auth),
         background=background,
+        tracer=make_tracer(
+            enabled=settings.tracing.enabled,
+            service_name=settings.tracing.service_name,
+            endpoint=settings.tracing.endpoint,
+        ),
     )
 
 
@@ -136,7 +142,10 @@ async def _tick(services: Services) -> None:
     while True:
         await asyncio.sleep(_TICK_S)
         try:
-            runs.tick(services.workflows.tick(services.clock()))
+            ends = services.workflows.tick(services.clock())
+            runs.tick(ends)
+            for end in ends:
+                services.tracer.end_run(end.run)
             _gauges(services)
         except Exception:
             log.exception("housekeeping failed")
@@ -170,6 +179,7 @@ async def _close(services: Services) -> None:
     if services.cache is not None:
         await services.cache.close()
     services.workflows.close()
+    services.tracer.close()
     await services.client.close()
 
 

@@ -300,32 +300,42 @@ def report(
 ) -> None:
     """A call is over: the workflow room and the metrics are told. Never raises."""
     now = services.clock()
+    outcome = Outcome(
+        fate=fate,
+        worker=ticket.worker,
+        status=status,
+        prompt_tokens=reply.prompt_tokens,
+        cached_tokens=reply.cached_tokens,
+        predicted_cached_tokens=predicted,
+        output_tokens=reply.output_tokens,
+        queued_at=ticket.arrived_at,
+        started_at=ticket.started_at,
+        first_token_at=ticket.head_at,
+        finished_at=now,
+        reply_text=reply.text,
+        reply_tool_calls=reply.tool_calls,
+        reply_id=reply.id,
+    )
     try:
         if ticket.arrival is not None:
-            services.workflows.finished(
-                ticket.arrival.call,
-                Outcome(
-                    fate=fate,
-                    worker=ticket.worker,
-                    status=status,
-                    prompt_tokens=reply.prompt_tokens,
-                    cached_tokens=reply.cached_tokens,
-                    predicted_cached_tokens=predicted,
-                    output_tokens=reply.output_tokens,
-                    queued_at=ticket.arrived_at,
-                    started_at=ticket.started_at,
-                    first_token_at=ticket.head_at,
-                    finished_at=now,
-                    reply_text=reply.text,
-                    reply_tool_calls=reply.tool_calls,
-                    reply_id=reply.id,
-                ),
-                now,
-            )
+            services.workflows.finished(ticket.arrival.call, outcome, now)
+        _trace(ticket, outcome)
     except Exception:
         log.exception("workflow bookkeeping failed")
         metrics.FAIL_OPEN.labels("workflow").inc()
     count(services, ticket, fate, reply, now)
+
+
+def _trace(ticket: Ticket, outcome: Outcome) -> None:
+    """The call's span with its parts: plan, queue, upstream."""
+    if ticket.trace is None:
+        return
+    if ticket.planned_at:
+        ticket.trace.event("plan", ticket.arrived_at, ticket.planned_at)
+    if ticket.started_at is not None:
+        ticket.trace.event("queue", ticket.planned_at, ticket.started_at)
+        ticket.trace.event("upstream", ticket.started_at, outcome.finished_at)
+    ticket.trace.end(outcome)
 
 
 def count(services: Services, ticket: Ticket, fate: Fate, reply: Reply, now: float) -> None:

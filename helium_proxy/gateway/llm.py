@@ -201,6 +201,9 @@ class LlmRoutes:
             try:
                 ticket.arrival = services.workflows.arrive(request, arrived)
                 ticket.hints = ticket.arrival.hints
+                ticket.trace = services.tracer.call(ticket.arrival, headers)
+                if (traceparent := ticket.trace.traceparent()) is not None:
+                    sent["traceparent"] = traceparent
             except HeliumError:
                 raise
             except Exception:

@@ -10,6 +10,7 @@ from typing import Any
 from helium_proxy.config import Settings
 from helium_proxy.dispatch.dispatcher import Dispatcher
 from helium_proxy.gateway.auth import Keyring
+from helium_proxy.gateway.tracing import NullTracer, Tracer
 from helium_proxy.planner.estimate import Estimator
 from helium_proxy.residency.registry import Tokenizers
 from helium_proxy.reuse import Coalescer, PromptCache
@@ -56,6 +57,7 @@ class Services:
     coalescer: Coalescer | None
     keyring: Keyring
     background: Background
+    tracer: Tracer = field(default_factory=NullTracer)
     # -- state
     in_flight: int = 0
     """Requests being answered."""

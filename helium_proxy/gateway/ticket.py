@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from helium_proxy.gateway.tracing import CallTrace
 from helium_proxy.reuse import CacheControl
 from helium_proxy.types import Arrival, CallRequest, Hints
 from helium_proxy.workflow import strip_tags
@@ -45,6 +46,7 @@ class Ticket:
     """When the first byte of the answer came."""
     worker: str | None = None
     attempts: int = 0
+    trace: CallTrace | None = None
 
     @property
     def stream(self) -> bool:
