@@ -105,7 +105,7 @@ def _blocks(id: str, reply: Reply) -> list[dict[str, Any]]:
 def _stop(reply: Reply) -> tuple[str, str | None]:
     if reply.finish_reason == "length":
         return "max_tokens", None
-    if reply.finish_reason == "tool_calls":
+    if reply.tool_calls:
         return "tool_use", None
     return ("end_turn", None) if reply.stop_reason is None else ("stop_sequence", reply.stop_reason)
 

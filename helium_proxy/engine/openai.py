@@ -6,7 +6,7 @@ import itertools
 import time
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -71,7 +71,10 @@ def reply_to(engine: EmbeddedEngine, prompt: Prompt, params: Sampling, choice: i
     seed = seed_of(prompt.tokens, engine.config.seed, params.salt, choice)
     function = choose_tool(prompt.tools, prompt.tool_choice, seed, answered=prompt.answered)
     if function is not None:
-        return tool_call(engine.tokenizer, function, seed, params)
+        reply = tool_call(engine.tokenizer, function, seed, params)
+        if reply.tool_calls and isinstance(prompt.tool_choice, Mapping):
+            return replace(reply, finish_reason="stop")  # vLLM's, and OpenAI's, for a call that was forced by name
+        return reply
     if prompt.schema is not False:
         return json_reply(engine.tokenizer, prompt.schema, seed, params)
     return free_text(engine.tokenizer, seed, params)

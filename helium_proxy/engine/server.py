@@ -10,9 +10,13 @@ from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import orjson
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -55,7 +59,10 @@ class Endpoint:
             if call.started:
                 raise
             call.fault = None
-            await call.json(error.body(), error.status)
+            body = error.body()
+            if scope["path"].startswith("/v1/messages"):
+                body = {"type": "error", "error": {k: body["error"][k] for k in ("type", "message")}}
+            await call.json(body, error.status)
         except Aborted:
             pass  # the server closes a connection whose response is not complete
         finally:
@@ -116,6 +123,12 @@ async def metrics(engine: EmbeddedEngine, call: Call) -> None:
 async def reset_prefix_cache(engine: EmbeddedEngine, call: Call) -> None:
     done = engine.scheduler.reset_prefix_cache()
     await call.raw(b"", b"text/plain", 200 if done else 503)
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = ApiError(error.status_code, error.detail).body()
+    return Response(orjson.dumps(body), error.status_code, media_type="application/json")
 
 
 class _Authenticated:
@@ -195,10 +208,17 @@ def create_app(config: EngineConfig | None = None) -> ASGIApp:
         if publisher is not None:
             publisher.close()
 
-    app: ASGIApp = Starlette(routes=routes, lifespan=lifespan)
+    app: ASGIApp = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_such_route})
     return app if engine.config.api_key is None else _Authenticated(app, engine.config.api_key)
 
 
 def run_engine(config: EngineConfig, host: str = "127.0.0.1", port: int = 8100) -> None:
-    """Serve one engine until SIGTERM or SIGINT."""
-    uvicorn.run(create_app(config), host=host, port=port, log_level="warning", access_log=False)
+    """Serve one engine until SIGTERM or SIGINT; calls under way then have a second left, as vLLM drops them too."""
+    uvicorn.run(
+        create_app(config),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+    )

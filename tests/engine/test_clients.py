@@ -31,6 +31,15 @@ async def test_chat_whole_and_streamed(serve: Serve) -> None:
         assert text == whole.choices[0].message.content
 
 
+async def test_a_call_forced_by_name_ends_with_stop(serve: Serve) -> None:
+    tools = [{"type": "function", "function": {"name": n, "parameters": PARAMETERS}} for n in ("a", "b")]
+    body = {"messages": QUESTION, "tools": tools, "tool_choice": {"type": "function", "function": {"name": "b"}}}
+    async with serve() as client:
+        choice = (await client.post("/v1/chat/completions", body))[1]["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        assert choice["message"]["tool_calls"][0]["function"]["name"] == "b"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_tools(serve: Serve, stream: bool) -> None:
     tools = [{"type": "function", "function": {"name": "search", "parameters": PARAMETERS}}]
@@ -108,6 +117,15 @@ async def test_background_responses_can_be_cancelled(serve: Serve) -> None:
         await client.until("vllm:num_requests_running", 0)
         status, _ = await client.post("/v1/responses/resp_none/cancel", {})
         assert status == 404
+
+
+async def test_errors_in_anthropics_form(serve: Serve) -> None:
+    async with serve() as client:
+        for change, status in (({"max_tokens": None}, 400), ({"model": "other"}, 404), ({"messages": []}, 400)):
+            body = {"model": "demo", "messages": QUESTION, "max_tokens": 3, **change}
+            got, answer = await client.post("/v1/messages", body)
+            assert (got, answer["type"]) == (status, "error")
+            assert set(answer["error"]) == {"type", "message"}
 
 
 async def test_messages_in_anthropics_form(serve: Serve) -> None:

@@ -108,7 +108,8 @@ async def test_a_client_that_leaves_has_its_request_aborted(serve: Serve, stream
         ("/v1/completions", {"prompt": "x", "logprobs": 99}, 400, "logprobs"),
         ("/v1/responses", {}, 400, "input"),
         ("/v1/responses", {"input": "x", "previous_response_id": "no"}, 404, "response_id"),
-        ("/v1/messages", {"messages": HELLO["messages"]}, 400, "max_tokens"),
+        ("/v1/no/such/route", {}, 404, None),
+        ("/v1/models", {}, 405, None),
         ("/tokenize", {}, 400, "prompt"),
         ("/detokenize", {"tokens": "x"}, 400, "tokens"),
         ("/v1/embeddings", {"input": None}, 400, "input"),
@@ -117,7 +118,7 @@ async def test_a_client_that_leaves_has_its_request_aborted(serve: Serve, stream
         ("/engine/faults", {"kind": "flood"}, 400, "kind"),
     ],
 )
-async def test_errors_have_vllms_form(serve: Serve, path: str, body: Any, status: int, param: str) -> None:
+async def test_errors_have_vllms_form(serve: Serve, path: str, body: Any, status: int, param: str | None) -> None:
     async with serve(max_model_len=256) as client:
         got, answer = await client.post(path, body)
         assert got == status
