@@ -1,7 +1,9 @@
 """Run a scheduled plan: start every operator as soon as its inputs are there, in plan order among those ready.
 
-An operator that fails takes with it only what depends on it; the other rows, and the other outputs of its row, go on.
-Retrying is the dispatcher's business. Cancelling `JobRun.run` cancels the calls in flight and waits for them to end.
+An operator that fails takes with it only what depends on it; the other rows, and the other outputs of its row, go
+on. Retrying is the dispatcher's business, with one exception: a call that a full queue refuses (429) goes back and
+waits until one of the job's own has ended, so that a job larger than the queue feeds it as fast as it drains.
+Cancelling `JobRun.run` cancels the calls in flight and waits for them to end.
 """
 
 from __future__ import annotations
@@ -11,17 +13,18 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import structlog
 
-from helium_proxy.errors import HeliumError, UpstreamFailed
+from helium_proxy.errors import HeliumError
 from helium_proxy.planner.explain import Actual
 from helium_proxy.planner.graph import Operator, request_body
 from helium_proxy.planner.hints import PlanHints
 from helium_proxy.planner.pipeline import PhysicalPlan
+from helium_proxy.planner.port import CallPort, CallResult, reply_text
 from helium_proxy.planner.settings import PlanSettings
-from helium_proxy.types import Fate, Hints
+from helium_proxy.types import Fate
 
 log = structlog.get_logger(__name__)
 
@@ -30,43 +33,6 @@ _OPERATOR_BYTES = 3_000
 
 OperatorState = Literal["waiting", "running", "done", "failed", "skipped", "cancelled"]
 RowState = Literal["running", "completed", "failed", "cancelled"]
-
-
-@dataclass(frozen=True, slots=True)
-class CallResult:
-    """The answer to one call, whatever became of it; `body` is OpenAI's, an error's included."""
-
-    status: int
-    body: Mapping[str, Any]
-    fate: Fate = "computed"
-    worker: str | None = None
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
-    output_tokens: int | None = None
-
-
-class CallPort(Protocol):
-    """Where an operator's call goes: the same pipeline as live calls. May raise `HeliumError`."""
-
-    async def call(
-        self,
-        body: dict[str, Any],
-        *,
-        tenant: str,
-        headers: Mapping[str, str],
-        hints: Hints | None,
-        worker: str | None,
-    ) -> CallResult: ...
-
-
-def reply_text(body: Mapping[str, Any]) -> str:
-    """The text of a chat completion or completion. Raises `UpstreamFailed` when there is none to be found."""
-    try:
-        choice = body["choices"][0]
-        text = choice["message"].get("content") if "message" in choice else choice["text"]
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise UpstreamFailed("the worker's answer has no choices") from None
-    return text if isinstance(text, str) else ""
 
 
 @dataclass(slots=True)
@@ -146,6 +112,8 @@ class JobRun:
         self._unread: dict[int, int] = {}  # operator → consumers that have not finished
         self._ready: list[tuple[int, int]] = []  # heap of (rank, operator)
         self._tasks: dict[asyncio.Task[CallResult], int] = {}
+        self._full = False  # the queue refused a call; start no more until one has ended
+        self._refusals = 0  # in a row, with nothing in flight
         self._done: asyncio.Queue[asyncio.Task[CallResult]] = asyncio.Queue()
         self._wanted: dict[int, list[tuple[int, str]]] = {}  # operator → (row, output node)
         for row, outputs in enumerate(plan.graph.outputs):
@@ -202,7 +170,11 @@ class JobRun:
             while True:
                 self._start_ready()
                 if not self._tasks:
-                    break
+                    if not self._full:
+                        break
+                    await asyncio.sleep(self.settings.refused_wait_s)
+                    self._full = False
+                    continue
                 self._settle(await self._done.get())
                 while not self._done.empty():
                     self._settle(self._done.get_nowait())
@@ -226,7 +198,7 @@ class JobRun:
         self._succeed(id_, CallResult(200, body, "hit"), text)
 
     def _start_ready(self) -> None:
-        while self._ready and len(self._tasks) < self.settings.max_in_flight:
+        while self._ready and not self._full and len(self._tasks) < self.settings.max_in_flight:
             _, id_ = heapq.heappop(self._ready)
             operator = self.plan.graph.operators[id_]
             settings, plan = self.settings, self.plan
@@ -260,6 +232,14 @@ class JobRun:
 
     def _settle(self, task: asyncio.Task[CallResult]) -> None:
         id_ = self._tasks.pop(task)
+        if self._refused(task):
+            self._full = True
+            self._refusals += not self._tasks
+            if self._refusals <= self.settings.max_refusals:
+                self._turn(id_, "waiting")
+                heapq.heappush(self._ready, (self.plan.rank[id_], id_))
+                return
+        self._full, self._refusals = False, 0
         try:
             result = task.result()
             if result.status >= 400:
@@ -274,6 +254,15 @@ class JobRun:
         except Exception:
             log.exception("plan.operator_failed", job=self.job, operator=self.plan.graph.operators[id_].name)
             self._fail(id_, 500, {"message": "internal error", "type": "server_error", "code": "internal_error"})
+
+    @staticmethod
+    def _refused(task: asyncio.Task[CallResult]) -> bool:
+        if task.cancelled():
+            return False
+        error = task.exception()
+        if error is None:
+            return task.result().status == 429
+        return isinstance(error, HeliumError) and error.status == 429
 
     def _turn(self, id_: int, state: OperatorState) -> None:
         run = self.operators[id_]
@@ -389,3 +378,6 @@ class JobRun:
     def announce(self, state: str) -> None:
         """Add the event of the whole job's state."""
         self._event("job", {"state": state})
+
+
+__all__ = ["CallPort", "CallResult", "JobRun", "OperatorRun", "Row", "RunStatistics", "reply_text"]

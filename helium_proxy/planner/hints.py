@@ -27,15 +27,17 @@ class PlanHints:
                 best = max(best, (output + tree.lengths[consumer], prompt + tree.prompts[consumer], calls + 1))
             self._path[id_] = best
         self._descends = _count_descendants(consumers, list(tree.paths))
-        # Mutable: how many operators with the same inputs have not started yet.
+        # All mutable state: how many operators with the same inputs have not started yet, and who has.
         self._family = {id_: operators[id_].deps or (-1 - operators[id_].row,) for id_ in tree.paths}
         self._to_come = Counter(self._family.values())
+        self._started: set[int] = set()
 
     def started(self, id_: int) -> Hints:
         """The hints of an operator that starts now; its siblings to come are those with the same inputs."""
         tree = self.plan.tree
         output, prompt, calls = self._path[id_]
-        self._to_come[self._family[id_]] -= 1
+        self._to_come[self._family[id_]] -= id_ not in self._started
+        self._started.add(id_)
         return Hints(
             output_tokens=tree.lengths[id_],
             output_samples=1,

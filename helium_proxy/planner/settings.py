@@ -58,6 +58,12 @@ class PlanSettings(BaseModel):
     max_in_flight: int = Field(
         default=2_048, ge=1, description="Calls of one job handed to the dispatcher at a time."
     )
+    refused_wait_s: float = Field(
+        default=1.0, gt=0, description="Seconds a job waits after the queue refused its only call in flight (429)."
+    )
+    max_refusals: int = Field(
+        default=300, ge=0, description="Times in a row that a job waits so before the refused operator fails."
+    )
     max_jobs: int = Field(
         default=256, ge=1, description="Jobs remembered; the oldest finished one makes room, else: 429."
     )

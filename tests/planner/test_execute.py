@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from helium_proxy.errors import NoWorker
+from helium_proxy.errors import NoWorker, QueueFull
 from helium_proxy.planner.cost import PlanWorker
 from helium_proxy.planner.execute import CallResult, JobRun, reply_text
 from helium_proxy.planner.pipeline import Planning, make_physical
@@ -147,7 +147,7 @@ async def test_a_consumer_starts_while_other_rows_still_run() -> None:
 @pytest.mark.parametrize(
     ("reply", "status", "says"),
     [
-        (lambda: CallResult(429, {"error": {"message": "slow down", "code": "c"}}, "error"), 429, "slow down"),
+        (lambda: CallResult(400, {"error": {"message": "too long", "code": "c"}}, "error"), 400, "too long"),
         (lambda: CallResult(500, {"detail": "?"}, "error"), 500, "the call failed"),
         (lambda: CallResult(200, {"choices": []}), 502, "no choices"),
         (lambda: (_ for _ in ()).throw(NoWorker("none")), 503, "none"),
@@ -171,6 +171,44 @@ async def test_a_failed_operator_fails_only_what_depends_on_it(reply: Any, statu
     assert states(run)["e0[0]"] == "failed"
     assert states(run)["sum[0]"] == "skipped"
     assert run.operators[0].status == status
+
+
+@pytest.mark.parametrize("raised", [True, False])
+async def test_a_full_queue_is_waited_for(raised: bool) -> None:
+    """More calls than the queue takes: those refused go in, in plan order, as others end."""
+    port = FakePort()
+    room = 2
+
+    async def call(body: dict[str, Any], **rest: Any) -> CallResult:
+        if port.running >= room:
+            if raised:
+                raise QueueFull("full")
+            return CallResult(429, {"error": {"message": "full"}}, "error")
+        return await FakePort.call(port, body, **rest)
+
+    port.call = call  # type: ignore[method-assign]
+    run = run_of(port, {**MAP_REDUCE, "inputs": [{"q": str(i)} for i in range(8)]}, refused_wait_s=0.001)
+    await run.run()
+    assert {row.state for row in run.rows} == {"completed"}
+    assert port.most_running == room
+    assert len(port.seen) == 24
+    assert run.statistics().operators == {"done": 24}
+
+
+async def test_a_queue_that_stays_full_fails_the_operator_in_the_end() -> None:
+    asked = []
+
+    async def call(body: dict[str, Any], **rest: Any) -> CallResult:
+        asked.append(body["prompt"])
+        raise QueueFull("full")
+
+    port = FakePort()
+    port.call = call  # type: ignore[method-assign]
+    raw = {"model": "m", "nodes": [{"id": "a", "prompt": "x"}]}
+    run = run_of(port, raw, refused_wait_s=0.0001, max_refusals=3)
+    await run.run()
+    assert len(asked) == 4
+    assert run.rows[0].errors["a"]["code"] == "queue_full"
 
 
 async def test_skipping_reaches_everything_downstream_once() -> None:
