@@ -24,6 +24,14 @@ _VLLM = Campaign(
 )
 """Two real vLLM CPU engines. A token costs about 0.8 ms to prefill and 1.3 ms to decode in a batch."""
 
+_VLLM_EMBEDDED = replace(
+    _VLLM,
+    engines="embedded:2",
+    options=EngineOptions(profile="cpu-tiny", blocks=_VLLM.options.blocks, block_size=_VLLM.options.block_size),
+    systems=("rr",),
+)
+"""The same on embedded engines: how far they can be trusted."""
+
 _H100 = replace(
     _VLLM,
     engines="embedded:8",
@@ -94,6 +102,7 @@ _ONE_WORKER = replace(
 
 CAMPAIGNS: dict[str, Campaign] = {
     "vllm": _VLLM,
+    "vllm_embedded": _VLLM_EMBEDDED,
     "h100": _H100,
     "two_day": _TWO_DAY,
     "agents": _AGENTS,
@@ -101,7 +110,7 @@ CAMPAIGNS: dict[str, Campaign] = {
     "one_worker": _ONE_WORKER,
 }
 
-FULL = ("vllm", "h100", "two_day", "one_worker")
+FULL = ("vllm", "vllm_embedded", "h100", "two_day", "one_worker")
 """What ``--run full`` measures; ``--run publish`` measures every campaign."""
 
 

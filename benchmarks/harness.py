@@ -81,7 +81,7 @@ class Harness:
             return await self._phases(system, plan, urls, server, progress)
         finally:
             if server is not None:
-                await asyncio.to_thread(server.stop)
+                await asyncio.to_thread(server.stop, 1.0)
 
     async def _warm_up(self, system: System, plan: Plan, urls: Sequence[str]) -> None:
         writer = Writer(plan.seed + 1_000_003, self.writer_scale)

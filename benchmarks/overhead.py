@@ -24,7 +24,7 @@ from rich.table import Table
 from . import build_peers, load, systems
 from .campaign import Campaign, describe, order, save
 from .engines import EngineOptions, Engines
-from .process import Server, StartFailed, free_port
+from .process import Server, StartFailed, free_port, stop_on_sigterm
 
 
 @dataclass
@@ -94,7 +94,7 @@ async def measure(
         chunk_p50, chunk_p99, chunks = await load.streams(port, count=64, tagged=tagged, nonce=f"stream{repeat}.")
     finally:
         if server is not None:
-            await asyncio.to_thread(server.stop)
+            await asyncio.to_thread(server.stop, 1.0)
     return Sample(
         system=name,
         repeat=repeat,
@@ -206,6 +206,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
 @click.option("--out", help="Name of the result file in benchmarks/results (default: not saved).")
 def main(names: str, repeats: int, seconds: float, out: str | None) -> None:
     """Measure what each proxy costs in front of a zero-latency upstream."""
+    stop_on_sigterm()
     console = Console(width=None if sys.stdout.isatty() else 150)
     result = uvloop.run(run(names.split(","), repeats, seconds, console))
     show(console, result)

@@ -112,3 +112,12 @@ def cpu_seconds(pid: int) -> float | None:
         total += ticks.get(process, 0.0)
         pending += children.get(process, [])
     return total / os.sysconf("SC_CLK_TCK")
+
+
+def stop_on_sigterm() -> None:
+    """Make SIGTERM (of ``timeout``, say) unwind like Ctrl-C, so that every server started is stopped again."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)

@@ -16,9 +16,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from . import campaigns, overhead, sections, tables
+from . import campaigns, overhead, sections, sections_sim, tables
 from .campaign import RESULTS, execute, save
-from .process import ROOT
+from .process import ROOT, stop_on_sigterm
 from .stats import Measurement
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
@@ -71,7 +71,8 @@ _SECTIONS: tuple[sections.Section, ...] = (
     sections.overhead,
     sections.optimality,
     sections.calibration,
-    sections.paper,
+    sections_sim.simulator,
+    sections_sim.paper,
 )
 
 
@@ -125,6 +126,7 @@ def measure(kind: str, console: Console) -> None:
 @click.option("--run", "kind", type=click.Choice(["full", "quick", "publish"]), help="Measure first.")
 def main(kind: str | None) -> None:
     """Regenerate the report; with --run, measure first."""
+    stop_on_sigterm()
     console = Console(width=None if sys.stdout.isatty() else 190)
     began = time.monotonic()
     if kind is not None:

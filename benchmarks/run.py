@@ -11,7 +11,7 @@ from rich.console import Console
 from . import tables
 from .campaign import Campaign, execute, save
 from .engines import EngineOptions
-from .process import StartFailed
+from .process import StartFailed, stop_on_sigterm
 from .stats import Measurement
 from .workloads import PAPER_SHAPES, SIZES, WORKLOADS
 
@@ -92,6 +92,7 @@ def main(
         warmup=warmup,
         decode_cost=decode_cost,
     )
+    stop_on_sigterm()
     console = Console(width=None if sys.stdout.isatty() else 190)
     try:
         result = asyncio.run(execute(campaign, console, lambda so_far: out and save(so_far, out)))

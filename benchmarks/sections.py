@@ -9,7 +9,6 @@ from typing import Any
 
 from . import plots
 from .stats import Measurement, Row, best_peers, geometric_mean, rows, speedups
-from .workloads import PAPER_SHAPES
 
 Results = dict[str, dict[str, Any]]
 """Result file's name without its ending -> its content."""
@@ -237,73 +236,21 @@ def calibration(results: Results, folder: Path) -> str:
         f"({found['engine']['vllm']}): step times within {100 * max(errors):.0f}% at worst, "
         f"{100 * sorted(errors)[len(errors) // 2]:.0f}% at the median."
     )
-    check = results.get("calibration_shapes")
-    if check:
-        body = [
-            [shape.replace("_", " "), f"{row['real']:.2f}", f"{row['simulated']:.2f}", f"{row['error']:+.1%}"]
-            for shape, row in check["shapes"].items()
-        ]
-        text += (
-            "\n\nMakespans of the six shapes, direct round robin, on two real engines and on two embedded ones:\n\n"
+    if "vllm" in results and "vllm_embedded" in results:
+        real, simulated = (
+            {row.shape: row.makespan for row in table_of(results[name]) if row.system == "rr"}
+            for name in ("vllm", "vllm_embedded")
         )
+        body = [
+            [
+                shape.replace("_", " "),
+                f"{real[shape]:.2f}",
+                f"{simulated[shape]:.2f}",
+                f"{simulated[shape] / real[shape] - 1:+.0%}",
+            ]
+            for shape in real
+            if shape in simulated
+        ]
+        text += "\n\nDirect round robin's makespan of the shapes, two real engines and two embedded ones:\n\n"
         text += markdown_table(["shape", "real s", "embedded s", "error"], body)
     return text
-
-
-_PAPER = {
-    "makespan over the best peer, primitive workflows": "1.09–1.56 × over the best of its baselines, KVFlow 1.32 ×",
-    "Trading over the best peer": "1.34 × (KVFlow)",
-    "optimality gap, average / largest": "0.9% / 3.6%",
-    "planning, Trading × 16 (1,408 calls)": "under 230 ms",
-}
-
-
-def paper(results: Results, folder: Path) -> str:
-    """Its figures beside ours."""
-    body = []
-    for name in ("vllm", "h100"):
-        if name not in results:
-            continue
-        table = table_of(results[name])
-        for system in dict.fromkeys(row.system for row in table if row.family == "helium"):
-            ratio = speedups(table).get(system, {})
-            primitive = [ratio[s, 0] for s in PAPER_SHAPES if s != "trading" and (s, 0) in ratio]
-            where = f"{system}, {results[name]['about']['campaign']['engines']}"
-            if primitive:
-                body.append(
-                    [
-                        f"five primitive shapes over the best peer: {where}",
-                        _PAPER["makespan over the best peer, primitive workflows"],
-                        f"{geometric_mean(primitive):.2f} × ({min(primitive):.2f}–{max(primitive):.2f})",
-                    ]
-                )
-            if ("trading", 0) in ratio:
-                body.append(
-                    [f"Trading: {where}", _PAPER["Trading over the best peer"], f"{ratio['trading', 0]:.2f} ×"]
-                )
-    if "optimality" in results:
-        found = results["optimality"]["summary"]
-        body.append(
-            [
-                "optimality gap, average / largest",
-                _PAPER["optimality gap, average / largest"],
-                f"{100 * found['gap_mean']:.2f}% / {100 * found['gap_max']:.2f}%",
-            ]
-        )
-    if "planning" in results:
-        found = results["planning"]
-        body.append(
-            [
-                "planning, Trading × 16 (1,408 calls)",
-                _PAPER["planning, Trading × 16 (1,408 calls)"],
-                f"{found['plan_ms']:.0f} ms",
-            ]
-        )
-    if not body:
-        return ""
-    return (
-        "## Beside the paper\n\nThe paper (arXiv 2603.16104) measures its own runtime with a patched vLLM 0.16 on "
-        "two H100 NVL with Qwen3-8B/14B, against other *frameworks*; we measure a proxy in front of stock vLLM "
-        "against other *routers*, on the engines named, with the same shapes and smaller prompts. The figures are "
-        f"therefore not the same experiment.\n\n{markdown_table(['figure', 'paper', 'here'], body)}"
-    )

@@ -23,7 +23,7 @@ from rich.console import Console
 from benchmarks import tables
 from benchmarks.campaign import Campaign, execute, save
 from benchmarks.engines import EngineOptions
-from benchmarks.process import ROOT, Server, StartFailed, free_port
+from benchmarks.process import ROOT, Server, StartFailed, free_port, stop_on_sigterm
 from benchmarks.stats import Measurement
 from benchmarks.workloads import PAPER_SHAPES, SIZES
 
@@ -76,6 +76,7 @@ async def measure(servers: list[Server], campaign: Campaign, console: Console, o
 @click.option("--out", default="gpu", help="Name of the result file; empty: not saved.")
 def main(vllm_python: str, shape: str, gpus: str, blocks: int, sizes: str, **options: Any) -> None:
     """Build the model, start the engines, measure, save."""
+    stop_on_sigterm()
     console = Console(width=None if sys.stdout.isatty() else 190)
     model = ROOT / ".cache" / "models" / f"gpu-{shape}"
     if not (model / "shape.json").exists():

@@ -1,0 +1,151 @@
+"""The report's sections on the simulator, on planning and on the paper's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .sections import Results, markdown_table, table_of
+from .stats import geometric_mean, speedups
+from .workloads import PAPER_SHAPES
+
+_SWEEPS = {
+    "workers": ("Workers, with as many runs per worker", "workers", True),
+    "kv": ("KV capacity", "KV ÷ working set", True),
+    "batch": ("Batch size", "runs at once", True),
+    "fan-out": ("Fan-out (Map-Reduce)", "experts", True),
+    "think": ("Think time before each call", "seconds, mean", False),
+    "arrivals": ("Arrival rate, open loop", "share of round robin's capacity", False),
+}
+
+
+def simulator(results: Results, folder: Path) -> str:
+    """Sweeps, the cost of deciding, the large fleet."""
+    if "simulate" not in results:
+        return "## Past this machine's size\n\nNot measured in this run."
+    found = results["simulate"]
+    base = found["base"]
+    parts = [
+        "## Past this machine's size\n\nIn virtual time: the embedded engine's scheduler at an H100's rates and the "
+        f"real dispatch policy. Base point: {base['workers']} engines, {base['runs']} runs of {base['shape']} at "
+        f"once, prompt sizes {base['sizes']}, KV for a sixth of the working set. `affinity` is longest-prefix-first "
+        "with a bound on imbalance, as the peers' cache-aware policies decide."
+    ]
+    points = found.get("points", [])
+    for sweep, (title, label, log_x) in _SWEEPS.items():
+        chosen = [point for point in points if point["sweep"] == sweep]
+        if chosen:
+            parts.append(_sweep(sweep, title, label, chosen, folder, log_x=log_x))
+    if "decide" in found:
+        parts.append(_decide(found["decide"], folder))
+    if "fleet" in found:
+        body = [
+            [
+                system,
+                f"{row['calls']:,}",
+                f"{row['makespan']:,.0f}",
+                f"{row['wall_s']:.0f}",
+                f"{row['run_p50']:.1f} / {row['run_p95']:.1f}",
+                f"{row['balance']:.2f}",
+                f"{row['preemptions']:,}",
+                f"{row['decide_us']:.0f}",
+            ]
+            for system, row in found["fleet"].items()
+        ]
+        head = ["policy", "calls", "simulated s", "took s", "run p50 / p95 s", "busiest ÷ mean", "preempted"]
+        table = markdown_table([*head, "µs of deciding a call"], body)
+        parts.append(f"### 64 workers, 1,000 runs at a time\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def _sweep(sweep: str, title: str, label: str, points: Sequence[dict[str, Any]], folder: Path, *, log_x: bool) -> str:
+    field = "run_p95" if sweep == "arrivals" else "makespan"
+    systems = list(dict.fromkeys(point["system"] for point in points))
+    series = {
+        system: [(point["x"], point[field]) for point in points if point["system"] == system] for system in systems
+    }
+    name = f"simulate-{sweep}.svg"
+    ylabel = "run p95, s" if sweep == "arrivals" else "makespan, s"
+    plots.lines(series, xlabel=label, ylabel=ylabel, path=folder / name, log_x=log_x)
+    xs = sorted({point["x"] for point in points})
+    by_key = {(point["x"], point["system"]): point for point in points}
+    body = []
+    for x in xs:
+        row = [f"{x:.3g}"]
+        for system in systems:
+            point = by_key[x, system]
+            over = point["computed_tokens"] / max(1, point["fewest_tokens"])
+            row.append(f"{point[field]:.2f} s, {over:.2f} × fewest, busiest {point['balance']:.2f}")
+        best = min(by_key[x, system][field] for system in systems if system != "helium")
+        row.append(f"{best / by_key[x, 'helium'][field]:.2f}")
+        body.append(row)
+    table = markdown_table([label, *systems, "helium × best"], body)
+    details = f"<details><summary>Figures</summary>\n\n{table}\n\n</details>"
+    return f"### {title}\n\n![{title}](benchmarks/{name})\n\n{details}"
+
+
+def _decide(points: Sequence[dict[str, Any]], folder: Path) -> str:
+    by_queue = [(p["queue"], p["median_us"] / 1e3) for p in points if p["workers"] == 16]
+    p99_queue = [(p["queue"], p["p99_us"] / 1e3) for p in points if p["workers"] == 16]
+    by_workers = [(p["workers"], p["median_us"] / 1e3) for p in points if p["queue"] == 2_000]
+    p99_workers = [(p["workers"], p["p99_us"] / 1e3) for p in points if p["queue"] == 2_000]
+    plots.lines(
+        {"helium median": by_queue, "helium p99": p99_queue},
+        xlabel="calls queued, 16 workers",
+        ylabel="ms a decision",
+        path=folder / "decide-queue.svg",
+        log_x=True,
+    )
+    plots.lines(
+        {"helium median": by_workers, "helium p99": p99_workers},
+        xlabel="workers, 2,000 calls queued",
+        ylabel="ms a decision",
+        path=folder / "decide-workers.svg",
+        log_x=True,
+    )
+    body = [
+        [str(p["workers"]), f"{p['queue']:,}", f"{p['median_us'] / 1e3:.2f}", f"{p['p99_us'] / 1e3:.2f}"]
+        for p in points
+    ]
+    table = markdown_table(["workers", "queued", "median ms", "p99 ms"], body)
+    return (
+        "### What a decision costs\n\nAll workers busy, one call just finished.\n\n"
+        "![by queue](benchmarks/decide-queue.svg) ![by workers](benchmarks/decide-workers.svg)\n\n"
+        f"<details><summary>Figures</summary>\n\n{table}\n\n</details>"
+    )
+
+
+_PRIMITIVE = "1.02–4.32 × over each framework; KVFlow, the closest, 1.32 × (1.14–1.56)"
+_TRADING = "1.34 × (KVFlow)"
+
+
+def paper(results: Results, folder: Path) -> str:
+    """Its figures beside ours."""
+    body = []
+    for name in ("vllm", "h100"):
+        if name not in results:
+            continue
+        table = table_of(results[name])
+        for system in dict.fromkeys(row.system for row in table if row.family == "helium"):
+            ratio = speedups(table).get(system, {})
+            primitive = [ratio[s, 0] for s in PAPER_SHAPES if s != "trading" and (s, 0) in ratio]
+            where = f"{system}, `{results[name]['about']['campaign']['engines']}`"
+            if primitive:
+                ours = f"{geometric_mean(primitive):.2f} × ({min(primitive):.2f}–{max(primitive):.2f})"
+                body.append([f"five primitive shapes over the best peer: {where}", _PRIMITIVE, ours])
+            if ("trading", 0) in ratio:
+                body.append([f"Trading: {where}", _TRADING, f"{ratio['trading', 0]:.2f} ×"])
+    if "optimality" in results:
+        found = results["optimality"]["summary"]
+        ours = f"{100 * found['gap_mean']:.2f}% / {100 * found['gap_max']:.2f}%"
+        body.append(["optimality gap, average / largest", "0.9% / 3.6%", ours])
+    if not body:
+        return ""
+    return (
+        "## Beside the paper\n\nThe paper (arXiv 2603.16104) measures its own runtime with a patched vLLM 0.16 on "
+        "two H100 NVL with Qwen3-8B/14B, against other *frameworks*; we measure a proxy in front of stock vLLM "
+        "against other *routers*, on the engines named, with the same shapes and smaller prompts. The figures are "
+        f"therefore not the same experiment.\n\n{markdown_table(['figure', 'paper', 'here'], body)}"
+    )
