@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from dataclasses import asdict
+from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -108,7 +110,8 @@ class Sweeps:
 
 
 def decide_cost(console: Console) -> list[dict[str, float]]:
-    """Seconds of one `decide` with a given queue and number of busy workers, one call just finished."""
+    """CPU time of one `decide` with a given queue and number of busy workers, after one call has finished; arrivals
+    keep the queue at its length."""
     points = []
     graph = trace(WORKLOADS["trading"], SIZES["P1"])
     cases = [(16, queue) for queue in (10, 100, 1_000, 2_000, 5_000, 10_000)]
@@ -117,18 +120,24 @@ def decide_cost(console: Console) -> list[dict[str, float]]:
         state = DispatchState(DispatchSettings(max_queue=1 << 30))
         for index in range(workers):
             state.workers[str(index)] = WorkerState(str(index), frozenset({"demo"}), _BLOCK, 4_000)
-        fleet = Fleet("helium", 1, config(4_001))
-        calls = fleet.calls_of(graph, -(-(queue + workers * 40) // len(graph)))
-        for call in calls[: queue + workers * 40]:
-            state.enqueue(call, 0.0)
-        running = [(assignment.worker, assignment.call) for assignment in decide(state, 0.0)]
-        now, spent = 0.0, []
-        for worker, call in running[:200]:
-            now += 0.05
-            state.workers[worker].release(call.id)
-            began = time.perf_counter()
-            decide(state, now)
-            spent.append(time.perf_counter() - began)
+        waiting = iter(Fleet("helium", 1, config(4_001)).calls_of(graph, -(-(queue + workers * 200) // len(graph))))
+        running: deque[tuple[str, str]] = deque()
+        now = 0.0
+        spent: list[float] = []
+        while len(spent) < 200:
+            for call in islice(waiting, queue - state.queued):
+                state.enqueue(call, now)
+            if state.queued < queue:
+                break  # no calls left
+            began = time.thread_time()
+            assignments = decide(state, now)
+            if running:
+                spent.append(time.thread_time() - began)
+            running += [(assignment.worker, assignment.call.id) for assignment in assignments]
+            if state.queued == queue or not assignments:
+                now += 0.05
+                worker, name = running.popleft()
+                state.workers[worker].release(name)
         spent.sort()
         point = {
             "workers": workers,
@@ -138,8 +147,8 @@ def decide_cost(console: Console) -> list[dict[str, float]]:
         }
         points.append(point)
         console.print(
-            f"decide: {workers:3} workers, {state.queued:6} queued: median {point['median_us']:.0f} us, "
-            f"p99 {point['p99_us']:.0f} us"
+            f"decide: {workers:3} workers, {queue:6} queued: median {point['median_us']:.0f} us, "
+            f"p99 {point['p99_us']:.0f} us of {len(spent)}"
         )
     return points
 
