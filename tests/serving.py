@@ -24,6 +24,7 @@ from helium_proxy.engine import EngineConfig
 from helium_proxy.engine import create_app as engine_app
 from helium_proxy.engine.profile import Profile
 from helium_proxy.gateway.app import create_app
+from helium_proxy.gateway.protocol import bounded_protocol
 from helium_proxy.gateway.services import Services
 
 CHAT = "/v1/chat/completions"
@@ -31,7 +32,7 @@ SLOW = Profile("slow", step_s=0.02, kv_tokens=1 << 20)
 """50 tokens per second and call: slow enough to be caught in the act."""
 
 
-async def until(condition: Callable[[], Any], *, within: float = 5.0, what: str = "") -> Any:
+async def until(condition: Callable[[], Any], *, within: float = 10.0, what: str = "") -> Any:
     """Waits until `condition()` is true (a coroutine function may be given), at most `within` seconds."""
     end = time.monotonic() + within
     while True:
@@ -48,9 +49,9 @@ async def until(condition: Callable[[], Any], *, within: float = 5.0, what: str 
 class AppServer:
     """An ASGI app behind uvicorn, without its signal handlers and its leisurely main loop."""
 
-    def __init__(self, app: ASGIApp, port: int = 0) -> None:
+    def __init__(self, app: ASGIApp, port: int = 0, http: Any = "httptools") -> None:
         config = uvicorn.Config(
-            app, port=port, http="httptools", ws="none", lifespan="on", log_config=None, access_log=False
+            app, port=port, http=http, ws="none", lifespan="on", log_config=None, access_log=False
         )
         config.load()
         self._server = uvicorn.Server(config)
@@ -273,7 +274,7 @@ class Proxy:
     def __init__(self, settings: Settings, port: int = 0) -> None:
         self.settings = settings
         self.app = create_app(settings)
-        self.server = AppServer(self.app, port)
+        self.server = AppServer(self.app, port, bounded_protocol(settings.server.max_header_bytes))
         self.client = http_client()
 
     @property

@@ -23,7 +23,6 @@ from helium_proxy.errors import (
     ClientGone,
     DeadlineExceeded,
     Draining,
-    HeadersTooLarge,
     HeliumError,
     NoWorker,
     UpstreamFailed,
@@ -73,7 +72,7 @@ _NOT_SENT = HOP_BY_HOP | {
     "accept-encoding",
     "cookie",
 }
-_SAFE_ID = re.compile(r"[\w.:-]{1,128}\Z")
+_SAFE_ID = re.compile(r"[\w.:-]{1,128}\Z", re.ASCII)
 _FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
 
 
@@ -103,7 +102,6 @@ class LlmRoutes:
         services = self._services
         headers = header_map(scope)
         status = 0  # 0: no answer has begun
-        limit = services.settings.server.max_header_bytes
 
         async def counted(message: Any) -> None:
             nonlocal status
@@ -121,8 +119,6 @@ class LlmRoutes:
 
         services.in_flight += 1
         try:
-            if sum(len(k) + len(v) for k, v in scope["headers"]) > limit:
-                raise HeadersTooLarge(f"the request's headers are larger than {limit} bytes")
             if services.draining:
                 raise Draining("the proxy is shutting down", retry_after=1)
             principal = services.keyring.authenticate(headers)
@@ -214,7 +210,8 @@ class LlmRoutes:
         previous = body.get("previous_response_id")
         ticket.prefer = services.owners.get(previous) if isinstance(previous, str) else prefer
         if settings.auth.salt_tenants:
-            ticket.salt = f"helium-{principal.tenant}"
+            own, tenant = body.get("cache_salt"), principal.tenant
+            ticket.salt = f"{len(tenant)}:{tenant}" + (f":{own}" if isinstance(own, str) else "")
         ticket.key = self._key(ticket)
         return ticket
 

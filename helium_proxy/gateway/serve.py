@@ -16,6 +16,7 @@ from helium_proxy.config import Settings
 from helium_proxy.errors import ConfigError
 from helium_proxy.gateway.app import create_app
 from helium_proxy.gateway.auth import Keyring
+from helium_proxy.gateway.protocol import bounded_protocol
 from helium_proxy.gateway.services import Services
 
 log = structlog.get_logger(__name__)
@@ -79,6 +80,7 @@ async def serve(
         app,
         host=settings.server.host,
         port=settings.server.port,
+        http=bounded_protocol(settings.server.max_header_bytes),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -37,7 +37,7 @@ class Ticket:
     key: bytes | None = None
     """In the prompt cache and among calls in flight; None: not deterministic, or not to be reused."""
     salt: str = ""
-    """The tenant's `cache_salt`; empty: blocks are shared."""
+    """The tenant's `cache_salt`, with the client's own in it; empty: blocks are shared."""
     # -- notes
     planned_at: float = 0.0
     started_at: float | None = None
@@ -93,11 +93,13 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
     """
     body, stripped = strip_tags(ticket.request.body)
     new = {name: value for name, value in additions.items() if name not in body}
-    merged = {
+    merged: dict[str, Any] = {
         name: {**body[name], **value}
         for name, value in additions.items()
         if isinstance(value, dict) and isinstance(body.get(name), dict)
     }
+    if ticket.salt and isinstance(body.get("cache_salt"), str):
+        merged["cache_salt"] = ticket.salt  # the client's is in it: none chooses its way into another's blocks
     if ticket.request.route == "/v1/responses" and "request_id" not in body:
         new["request_id"] = ticket.request.id  # the id under which the engine stores the response
     usage = ticket.adds_usage

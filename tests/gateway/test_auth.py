@@ -1,0 +1,167 @@
+"""API keys: who may call, whose call it is, and that no key goes anywhere it should not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from serving import CHAT, Proxy, Stack, chat
+
+from helium_proxy import metrics
+from helium_proxy.config import AuthSettings
+from helium_proxy.errors import ConfigError, Unauthorized
+from helium_proxy.gateway.auth import Keyring
+
+KEYS = [
+    {"key": "sk-admin", "tenant": "ops", "admin": True},
+    {"key": "sk-one", "tenant": "one"},
+    {"key": "sk-two", "tenant": "two"},
+]
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+async def test_calls_need_a_key(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker, auth={"keys": KEYS})
+    for headers in ({}, bearer("sk-none"), {"Authorization": "Basic c2s="}, {"x-api-key": "sk-on"}):
+        for path in (CHAT, "/v1/other", "/tokenize"):
+            response = await proxy.client.post(path, json=chat(), headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+        assert (await proxy.client.get("/v1/models", headers=headers)).status_code == 401
+        assert (await proxy.client.get("/helium/runs", headers=headers)).status_code == 401
+    assert not worker.seen
+    for headers in (bearer("sk-one"), {"Authorization": "bearer sk-one"}, {"x-api-key": "sk-two"}):
+        assert (await proxy.client.post(CHAT, json=chat(), headers=headers)).status_code == 200
+        assert (await proxy.client.get("/v1/models", headers=headers)).status_code == 200
+    for path in ("/health", "/ready", "/metrics", "/version"):
+        assert (await proxy.client.get(path)).status_code == 200, "probes and scrapers have no key"
+
+
+async def test_the_client_s_key_reaches_no_worker_and_no_log(stack: Stack, capfd: pytest.CaptureFixture[str]) -> None:
+    structlog.reset_defaults()  # everything, down to debug, on standard output
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker, auth={"keys": KEYS}, log={"level": "debug", "access": True})
+    for path in (CHAT, "/v1/other"):
+        for headers in (bearer("sk-one"), {"x-api-key": "sk-two"}, {**bearer("sk-one"), "Cookie": "session=sk-c"}):
+            response = await proxy.client.post(path, json=chat(), headers=headers)
+            assert response.status_code == 200
+    await proxy.client.post(CHAT, json=chat(), headers=bearer("sk-wrong"))
+    assert len(worker.seen) == 6
+    for seen in worker.seen:
+        assert not {"authorization", "x-api-key", "cookie"} & set(seen.headers)
+        assert "sk-" not in str(seen.headers)
+        assert b"sk-" not in seen.raw
+    logged = "".join(capfd.readouterr())
+    assert "worker added" in logged
+    assert "sk-" not in logged
+    assert b"sk-" not in metrics.render()[0]
+
+
+async def test_workers_get_their_own_key(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(wait=False, workers=[{"url": worker.url, "api_key": "sk-worker"}])
+    await proxy.up(1)
+    await proxy.chat(headers=bearer("sk-client"))
+    await proxy.client.post("/v1/other", json={}, headers=bearer("sk-client"))
+    assert [s.headers["authorization"] for s in worker.seen] == ["Bearer sk-worker"] * 2
+
+
+async def test_an_engine_with_a_key(stack: Stack) -> None:
+    engine = await stack.engine(api_key="sk-engine")
+    proxy = await stack.proxy(wait=False, workers=[{"url": engine.url, "api_key": "sk-engine"}])
+    await proxy.up(1)
+    assert (await proxy.chat(max_tokens=2)).status_code == 200
+
+
+async def test_only_operators_use_the_operator_s_routes(stack: Stack) -> None:
+    proxy = await stack.proxy(await stack.fake(), auth={"keys": KEYS})
+
+    async def status(method: str, path: str, key: str, **more: Any) -> int:
+        return (await proxy.client.request(method, path, headers=bearer(key), **more)).status_code
+
+    for method, path in (
+        ("GET", "/helium/workers"),
+        ("POST", "/helium/workers"),
+        ("DELETE", "/helium/workers/127.0.0.1:1"),
+        ("GET", "/helium/cache"),
+        ("GET", "/helium/statistics"),
+    ):
+        assert await status(method, path, "sk-one", json={}) == 401, path
+        assert await status(method, path, "sk-admin", json={}) in (200, 400, 404), path
+
+
+async def test_a_lone_key_is_the_operator_s(stack: Stack) -> None:
+    proxy = await stack.proxy(await stack.fake(), auth={"keys": [{"key": "sk-only"}]})
+    assert (await proxy.client.get("/helium/workers", headers=bearer("sk-only"))).status_code == 200
+
+
+async def runs(proxy: Proxy, key: str) -> set[str]:
+    answer = await proxy.client.get("/helium/runs", headers=bearer(key))
+    return {r["run"] for r in answer.json()["runs"]}
+
+
+async def test_tenants_see_and_share_nothing_of_each_other(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker, auth={"keys": KEYS})
+
+    async def call(key: str, run: str) -> str:
+        body = chat("the same", temperature=0, helium={"run": run, "workflow": "w", "node": "n"})
+        response = await proxy.client.post(CHAT, json=body, headers=bearer(key))
+        return str(response.headers["x-helium-cache"])
+
+    assert await call("sk-one", "run-1") == "miss"
+    assert await call("sk-two", "run-2") == "miss"
+    assert await call("sk-one", "run-1b") == "hit"
+    assert len(worker.seen) == 2
+    assert await runs(proxy, "sk-one") == {"run-1", "run-1b"}
+    assert await runs(proxy, "sk-two") == {"run-2"}
+    assert await runs(proxy, "sk-admin") == {"run-1", "run-1b", "run-2"}
+    assert (await proxy.client.get("/helium/runs/run-2", headers=bearer("sk-one"))).status_code == 404
+    assert (await proxy.client.delete("/helium/cache", headers=bearer("sk-two"))).json() == {"purged": 1}
+    assert await call("sk-one", "run-1c") == "hit"
+    assert await call("sk-two", "run-2b") == "miss"
+
+
+async def test_tenants_blocks_can_be_kept_apart(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker, auth={"keys": KEYS, "salt_tenants": True})
+    for key in ("sk-one", "sk-two"):
+        await proxy.client.post(CHAT, json=chat(), headers=bearer(key))
+    salts = [s.body["cache_salt"] for s in worker.seen]
+    assert len(set(salts)) == 2
+    for own in ("mine", salts[1]):
+        await proxy.client.post(CHAT, json=chat(cache_salt=own), headers=bearer("sk-one"))
+        salts.append(worker.seen[-1].body["cache_salt"])
+    assert len(set(salts)) == 4, "a client cannot choose its way into another tenant's blocks"
+
+
+def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text("- {key: sk-a, tenant: a}\n- {key: sk-b, tenant: b, admin: true}\n")
+    ring = Keyring(AuthSettings(keys_file=file))
+    assert ring.authenticate({"authorization": "Bearer sk-a"}).tenant == "a"
+    assert not ring.authenticate({"authorization": "Bearer sk-a"}).admin
+    assert ring.authenticate({"x-api-key": "sk-b"}).admin
+    with pytest.raises(Unauthorized):
+        ring.authenticate({})
+    assert "sk-" not in repr(ring)
+
+
+@pytest.mark.parametrize("text", ["- {key: sk-secret, tennant: a}", "sk-secret", "- [", "- {tenant: a}"])
+def test_a_bad_keys_file_is_named_and_not_quoted(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="keys_file") as raised:
+        Keyring(AuthSettings(keys_file=file))
+    assert "sk-secret" not in str(raised.value)
+
+
+def test_a_missing_keys_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="keys_file"):
+        Keyring(AuthSettings(keys_file=tmp_path / "none.yaml"))

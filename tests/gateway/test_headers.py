@@ -1,0 +1,123 @@
+"""What goes to the worker with a call, and what comes back to the client with its answer."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from serving import CHAT, Seen, Stack, chat
+
+_OWN = {"workflow": "w", "run": "r1", "node": "n", "parents": [], "final": False, "priority": 2, "deadline_ms": 9000}
+
+
+async def test_helium_s_own_fields_and_headers_are_stripped(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    body = chat(
+        helium=_OWN,
+        metadata={"helium.workflow": "w", "mine": "kept"},
+        kv_transfer_params={"helium": {"pin": "x"}, "do_remote_decode": False},
+        tools=[],
+        vllm_xargs={"agentic_context": '{"program_id": "p"}', "mine": 1},
+    )
+    headers = {
+        "X-Helium-Run": "r1",
+        "x-helium-anything": "1",
+        "Baggage": "helium.node=n,mine=kept",
+        "X-Mine": "kept",
+        "Traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    }
+    response = await proxy.client.post(CHAT, json=body, headers=headers)
+    assert response.status_code == 200
+    (seen,) = worker.seen
+    assert "helium" not in str(seen.body)
+    assert seen.body["metadata"]["mine"] == "kept"
+    assert seen.body["kv_transfer_params"] == {"do_remote_decode": False}
+    assert seen.body["vllm_xargs"]["mine"] == 1
+    assert not [h for h in seen.headers if h.startswith("x-helium")]
+    assert "helium" not in seen.headers.get("baggage", "")
+    assert "mine=kept" in seen.headers.get("baggage", "")
+    assert seen.headers["x-mine"] == "kept"
+    assert seen.headers["traceparent"].startswith("00-0af7651916cd43dd8448eb211c80319c")
+
+
+async def test_a_body_without_tags_reaches_the_worker_byte_for_byte(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    raw = (
+        b' {"model" : "demo","messages":[{"role":"user","content":"\\u00e9 \xc3\xa9 1e9"}], "top_p": 1.0, "x": 1e2}\n'
+    )
+    await proxy.client.post(CHAT, content=raw, headers={"Content-Type": "application/json; charset=utf-8"})
+    assert worker.seen[0].raw == raw
+    assert worker.seen[0].headers["content-type"] == "application/json; charset=utf-8"
+    assert worker.seen[0].headers["accept-encoding"] == "identity", "answers are read here as they come"
+
+
+async def test_paths_and_queries_reach_the_worker_as_they_were(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    await proxy.client.post(f"{CHAT}?api-version=1&x=a%2Fb", json=chat())
+    await proxy.client.get("/v1/files/a%20b/content?x=%C3%A9")
+    assert [s.path for s in worker.seen] == [f"{CHAT}?api-version=1&x=a%2Fb", "/v1/files/a b/content?x=%C3%A9"]
+
+
+async def test_the_answer_s_headers(stack: Stack) -> None:
+    async def answer(seen: Seen) -> None:
+        await seen.json(seen.completion(), x_vllm="kept", connection="close", x_request_id="theirs", date="then")
+
+    proxy = await stack.proxy(await stack.fake(always=answer))
+    response = await proxy.chat(helium={"workflow": "w", "run": "r-é", "node": "n"}, temperature=0)
+    headers = response.headers
+    assert headers["x-helium-run"] == "r-_"
+    assert headers["x-helium-node"] == "n"
+    assert headers["x-helium-cache"] == "miss"
+    assert headers["x-helium-worker"] == proxy.services.pool.all()[0].id
+    assert re.fullmatch(r"plan;dur=[\d.]+, queue;dur=[\d.]+, upstream;dur=[\d.]+", headers["server-timing"]), headers[
+        "server-timing"
+    ]
+    assert re.fullmatch(r"[0-9a-f]{32}", headers["x-request-id"]), "ours, and only one"
+    assert headers["x-vllm"] == "kept"
+    assert "age" not in headers
+    hit = await proxy.chat(helium={"workflow": "w", "run": "r-é", "node": "n"}, temperature=0)
+    assert hit.headers["x-helium-cache"] == "hit"
+    assert hit.headers["x-helium-node"] == "n#2"
+    assert int(hit.headers["age"]) >= 0
+    assert (await proxy.chat(temperature=1)).headers["x-helium-cache"] == "bypass"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_request_s_id_is_the_response_s(stack: Stack, stream: bool) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    response = await proxy.chat(headers={"X-Request-Id": "trace-1"}, stream=stream, temperature=0)
+    assert response.headers["x-request-id"] == "trace-1"
+    assert b'"chatcmpl-trace-1"' in response.content
+    assert worker.seen[0].headers["x-request-id"] == "trace-1"
+    again = await proxy.chat(headers={"X-Request-Id": "trace-2"}, stream=stream, temperature=0)
+    assert again.headers["x-helium-cache"] == "hit"
+    assert b'"chatcmpl-trace-2"' in again.content, "every response has an id of its own"
+    assert b"trace-1" not in again.content
+    in_body = await proxy.chat("other", request_id="trace-3", temperature=1)
+    assert in_body.headers["x-request-id"] == "trace-3", "vLLM takes it from the body as well"
+
+
+async def test_an_id_fit_for_no_log_is_replaced(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    for bad in ("x" * 300, "a b", "a;b", "ü".encode("latin-1")):
+        response = await proxy.client.post(CHAT, json=chat(), headers=[(b"X-Request-Id", bad)])  # type: ignore[list-item]
+        assert re.fullmatch(r"[0-9a-f]{32}", response.headers["x-request-id"])
+
+
+async def test_errors_name_the_request(stack: Stack) -> None:
+    proxy = await stack.proxy(await stack.fake(), server={"max_body_bytes": 1024})
+    response = await proxy.chat("x" * 2000, headers={"X-Request-Id": "trace-9"})
+    assert response.status_code == 413
+    assert response.headers["x-request-id"] == "trace-9"
+
+
+async def test_a_call_s_priority_is_the_client_s_own_where_it_says_one(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    await proxy.chat(priority=7)
+    assert worker.seen[0].body["priority"] == 7

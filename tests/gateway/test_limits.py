@@ -1,0 +1,133 @@
+"""Bounds: bodies, headers, the queue, deadlines. What is too much gets a clear 4xx or 504 and costs nothing more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from serving import CHAT, Proxy, Seen, Stack, chat, until
+
+
+async def hang(seen: Seen) -> None:
+    await seen.gone()
+
+
+async def error_of(proxy: Proxy, path: str = CHAT, **request: object) -> tuple[int, str]:
+    response = await proxy.client.post(path, **request)  # type: ignore[arg-type]
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return response.status_code, error["code"]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/any/other", "/tokenize"])
+async def test_a_body_that_is_too_large_is_refused(stack: Stack, path: str) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker, server={"max_body_bytes": 2000})
+    assert (await proxy.chat("x" * 1000)).status_code == 200
+    assert await error_of(proxy, path, json=chat("x" * 3000)) == (413, "request_too_large")
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(30):
+            yield b"x" * 100
+
+    assert await error_of(proxy, path, content=pieces()) == (413, "request_too_large")
+    assert len(worker.seen) == 1
+
+
+async def test_headers_that_are_too_large_are_refused(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker, server={"max_header_bytes": 4096})
+    assert (await proxy.chat(headers={"X-Large": "x" * 3000})).status_code == 200
+    large = {"X-Large": "x" * 5000}
+    assert await error_of(proxy, json=chat(), headers=large) == (431, "headers_too_large")
+    assert (await proxy.client.get("/v1/models", headers=large)).status_code == 431
+    assert (await proxy.client.get("/v1/models/" + "x" * 5000)).status_code == 431
+    assert len(worker.seen) == 1
+
+
+async def test_a_head_that_never_ends_is_cut(stack: Stack) -> None:
+    proxy = await stack.proxy(server={"max_header_bytes": 4096}, engine={"count": 0})
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.server.port)
+    writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Endless: " + b"x" * 5000)
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert b"headers_too_large" in answer
+    writer.close()
+
+
+async def test_a_full_queue_says_when_to_come_back(stack: Stack) -> None:
+    worker = await stack.fake(always=hang)
+    limits = {"max_running": 1, "default_running": 1, "max_queue": 2}
+    proxy = await stack.proxy(worker, dispatch=limits)
+    calls = [asyncio.create_task(proxy.chat("0"))]
+    await until(lambda: worker.inside == 1)
+    for i in (1, 2):
+        calls.append(asyncio.create_task(proxy.chat(str(i))))
+        await until(lambda n=i: proxy.services.dispatcher.statistics().queued == n)
+    response = await proxy.chat("3")
+    assert response.status_code == 429
+    assert response.json()["error"]["code"] == "queue_full"
+    assert int(response.headers["retry-after"]) >= 1
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    await until(lambda: proxy.services.in_flight == 0)
+    assert proxy.services.dispatcher.statistics().queued == 0
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+async def test_a_deadline_ends_the_call_here_and_at_the_worker(stack: Stack, temperature: int) -> None:
+    worker = await stack.fake(always=hang)
+    proxy = await stack.proxy(worker)
+    response = await proxy.chat(temperature=temperature, helium={"deadline_ms": 60})
+    assert response.status_code == 504
+    assert response.json()["error"]["code"] == "deadline_exceeded"
+    await until(lambda: worker.inside == 0, within=1)
+    response = await proxy.chat(headers={"X-Helium-Deadline-Ms": "60"})
+    assert response.status_code == 504
+    await until(lambda: worker.inside == 0, within=1)
+    assert proxy.services.dispatcher.statistics().running == 0
+
+
+async def test_the_server_s_own_limit_holds_for_all(stack: Stack) -> None:
+    worker = await stack.fake(always=hang)
+    proxy = await stack.proxy(worker, server={"request_timeout_s": 0.06})
+    assert (await proxy.chat()).status_code == 504
+    assert (await proxy.chat(helium={"deadline_ms": 60_000})).status_code == 504
+
+
+async def test_a_deadline_in_the_queue(stack: Stack) -> None:
+    worker = await stack.fake(always=hang)
+    proxy = await stack.proxy(worker, dispatch={"default_running": 1})
+    first = asyncio.create_task(proxy.chat("first"))
+    await until(lambda: worker.inside == 1)
+    assert (await proxy.chat("second", helium={"deadline_ms": 60})).status_code == 504
+    assert proxy.services.dispatcher.statistics().queued == 0
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    assert len(worker.seen) == 1
+
+
+async def test_a_deadline_in_the_middle_of_a_stream(stack: Stack) -> None:
+    async def begin(seen: Seen) -> None:
+        await seen.open_stream()
+        await seen.delta("begun")
+        await seen.gone()
+
+    worker = await stack.fake(always=begin)
+    proxy = await stack.proxy(worker)
+    async with proxy.stream(helium={"deadline_ms": 200}) as response:
+        raw = await response.aread()
+    assert b"begun" in raw
+    assert b"deadline_exceeded" in raw
+    assert raw.endswith(b"data: [DONE]\n\n")
+    await until(lambda: worker.inside == 0, within=1)
+
+
+async def test_a_silent_worker_is_given_up(stack: Stack) -> None:
+    worker = await stack.fake(always=hang)
+    proxy = await stack.proxy(worker, pool={"read_timeout_s": 0.05, "max_attempts": 1})
+    response = await proxy.chat()
+    assert response.status_code == 502
+    assert response.json()["error"]["code"] == "upstream_error"
