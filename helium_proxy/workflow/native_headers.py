@@ -27,7 +27,7 @@ class Row:
     workflow: str | None = None
     final: str | None = None
     path: str | None = None
-    """A path such as ``/plan/search``: the agent, and by its parent folder the agent that spawned it."""
+    """A path such as ``/plan/search``: the agent; by its last part the node, by the rest the agent's spawner."""
 
 
 TABLE: tuple[Row, ...] = (
@@ -91,6 +91,7 @@ class Session:
     agent: str | None = None
     parent_agent: str | None = None
     workflow: str | None = None
+    node: str | None = None
     final: bool = False
 
 
@@ -116,10 +117,11 @@ def _by_row(row: Row, session: str, headers: Mapping[str, str]) -> Session:
     def get(name: str | None) -> str | None:
         return (headers.get(name, "").strip() or None) if name else None
 
-    agent, parent_agent = get(row.agent), get(row.parent_agent)
+    agent, parent_agent, node = get(row.agent), get(row.parent_agent), None
     if (path := get(row.path)) is not None:
         agent = path.rstrip("/") or "/"
-        parent_agent = agent.rpartition("/")[0] or None
+        before, _, node = agent.rpartition("/")
+        parent_agent = before or None
     return Session(
         client=row.client,
         session=session,
@@ -127,5 +129,6 @@ def _by_row(row: Row, session: str, headers: Mapping[str, str]) -> Session:
         agent=agent,
         parent_agent=parent_agent,
         workflow=get(row.workflow),
+        node=node or None,
         final=(get(row.final) or "").lower() in ("1", "true", "yes"),
     )

@@ -1,9 +1,11 @@
 """Which node of a workflow an untagged call is: learned from its system prompt and tool schemas.
 
-Equal system prompt and tools: the same node. Otherwise the same node when tools' names agree and the prompt is
-a variation of a known one: equal but for digits (a date, an id), or beginning alike and sharing most of its
-sentences (a user's name, a retrieved passage). Prompts that begin differently are different roles, however much
-boilerplate they share. Without a system prompt the first words of the first message take its place.
+Equal system prompt and tools: the same node; so too without the tools (an agent told to answer now). Otherwise
+the same node when tools' names agree and the prompt is a variation of a known one: equal but for digits (a date,
+an id); or beginning and ending alike and sharing most of its sentences (a name, a retrieved passage in between);
+or beginning alike where many such prompts were seen once and never again, since roles recur and data do not.
+Else prompts are different roles, however much boilerplate they share. Without a system prompt the first words of
+the first message take its place.
 """
 
 from __future__ import annotations
@@ -22,8 +24,13 @@ from helium_proxy.workflow.prompt import Prompt, text_of, units
 _MASK = {ord(digit): "0" for digit in "123456789"}
 _HEAD_CHARS = 64
 _MASK_CHARS = 8_192
+_TAIL_CHARS = 48
 _SIMILAR = 0.5
 """Share of a prompt's units that a variation of it must have."""
+_MANY = 12
+_NEARLY = 0.8
+"""That many prompts, seen once each and this similar, show their differences to be data."""
+_YOU = re.compile(r"\b[Yy]ou are\b")
 _WORDS = re.compile(r"[A-Za-z0-9]+")
 _SKIP = frozenset(
     (
@@ -32,6 +39,8 @@ _SKIP = frozenset(
     )
 )
 _MAX_CANDIDATES = 16
+_GENERIC = "assistant"
+"""The name of a node whose prompt says nothing of its own, such as "You are a helpful assistant."."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +52,10 @@ class Identity:
     head: tuple[str, ...]
     """First words, where there is no system prompt."""
     bucket: int
+    tail: str
     keys: list[int]
+    """Digests of the prompts that are this node."""
+    seen: int = 1
 
 
 class Identities:
@@ -54,6 +66,7 @@ class Identities:
         self._capacity = capacity
         self._exact: OrderedDict[int, Identity] = OrderedDict()  # digest of identity text and tools → node
         self._buckets: dict[int, list[Identity]] = {}  # (tools' names, masked head) → similar nodes
+        self._bare: dict[int, Identity] = {}  # (masked head, tail) → the node with that prompt and tools
         self._names: dict[str, int] = {}  # slug → how many nodes have it
 
     def __len__(self) -> int:
@@ -79,6 +92,7 @@ class Identities:
             known = self._learn(key, prompt, leading, tools, form)
         else:
             self._exact.move_to_end(key)
+            known.seen += 1
         return known.name
 
     def _learn(self, key: int, prompt: Prompt, leading: int, tools: Any, form: Any) -> Identity:
@@ -102,15 +116,40 @@ class Identities:
             self._buckets.pop(identity.bucket, None)
 
     def _by_system(self, text: str, names: tuple[str, ...]) -> Identity:
-        masked = text.translate(_MASK)
-        bucket = hash((names, masked.lstrip()[:_HEAD_CHARS].partition("\n")[0]))
+        masked = text.translate(_MASK).strip()
+        tail = masked[-_TAIL_CHARS:]
         found = units(masked)
         total = sum(found.values())
+        head = masked[:_HEAD_CHARS].partition("\n")[0]
+        bucket = hash((names, head))
+        once = []
         for known in self._buckets.get(bucket, ()):
             shared = sum(found[unit] for unit in found.keys() & known.units.keys())
-            if found.keys() == known.units.keys() or shared >= _SIMILAR * max(total, sum(known.units.values()), 1):
+            share = shared / max(total, sum(known.units.values()), 1)
+            if known.tail == tail and (share >= _SIMILAR or found.keys() == known.units.keys()):
                 return known
-        return self._new(_slug(text), found, (), bucket)
+            if share >= _NEARLY and known.seen == 1:
+                once.append(known)
+        if len(once) >= _MANY:
+            return once[0]
+        slug = _slug(text)
+        other = hash((head, tail))
+        bare = self._find(hash(((), head)), found, tail) if names else self._bare.get(other)
+        if bare is not None and slug != _GENERIC:
+            return bare
+        made = self._new(slug, found, (), bucket, tail)
+        if names:
+            self._bare[other] = made
+            if len(self._bare) > self._capacity:
+                del self._bare[next(iter(self._bare))]
+        return made
+
+    def _find(self, bucket: int, found: Mapping[int, int], tail: str) -> Identity | None:
+        """The node in `bucket` of the same prompt."""
+        for known in self._buckets.get(bucket, ()):
+            if known.tail == tail and known.units.keys() == found.keys():
+                return known
+        return None
 
     def _by_head(self, text: str, names: tuple[str, ...]) -> Identity:
         line = re.split(r"[:\n\"?]", text.translate(_MASK).lstrip(), maxsplit=1)[0]
@@ -124,13 +163,13 @@ class Identities:
                 same += 1
             if same >= 4 or head == known.head:
                 return known
-        return self._new(_slug(" ".join(head)), {}, head, bucket)
+        return self._new(_slug(" ".join(head)), {}, head, bucket, "")
 
-    def _new(self, slug: str, found: Mapping[int, int], head: tuple[str, ...], bucket: int) -> Identity:
+    def _new(self, slug: str, found: Mapping[int, int], head: tuple[str, ...], bucket: int, tail: str) -> Identity:
         count = self._names[slug] = self._names.get(slug, 0) + 1
         if len(self._names) > 2 * self._capacity:
             del self._names[next(iter(self._names))]
-        made = Identity(slug if count == 1 else f"{slug}-{count}", found, head, bucket, [])
+        made = Identity(slug if count == 1 else f"{slug}-{count}", found, head, bucket, tail, [])
         same = self._buckets.setdefault(bucket, [])
         same.append(made)
         if len(same) > _MAX_CANDIDATES:
@@ -151,8 +190,9 @@ def _names(tools: Any) -> list[str]:
 
 def _slug(text: str) -> str:
     """A short readable name from the first telling words of a prompt."""
-    line = text.strip()[:200]
+    you = _YOU.search(text)
+    line = (text[you.end() :] if you is not None else text).strip()[:200]
     line = re.split(r"[.\n:]", line, maxsplit=1)[0] or line
     words = [word.lower() for word in _WORDS.findall(line)]
-    telling = [word for word in words if word not in _SKIP][:4] or words[:3]
-    return "-".join(telling)[:40] or "call"
+    telling = [word for word in words if word not in _SKIP][:4]
+    return "-".join(telling)[:40] or _GENERIC

@@ -235,8 +235,10 @@ def read(body: Mapping[str, Any], headers: Mapping[str, str], settings: Workflow
         if settings.native_headers:
             session = _session(interesting, settings, reader)
     values, sources = reader.values, reader.sources
-    if session is not None and session.workflow and "workflow" not in sources:
-        values["workflow"], sources["workflow"] = session.workflow, "native"
+    if session is not None:
+        for name, value in (("workflow", session.workflow), ("node", session.node)):
+            if value and name not in sources:
+                values[name], sources[name] = value, "native"
     deadline_ms = values.get("deadline_ms")
     return Tags(
         workflow=values.get("workflow"),
