@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import structlog
 
 from helium_proxy import metrics
-from helium_proxy.dispatch.policy import decide
+from helium_proxy.dispatch.policy import decide, next_decision
 from helium_proxy.dispatch.settings import DispatchSettings
 from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall, WorkerState
 from helium_proxy.errors import ModelNotFound, NoWorker, QueueFull
@@ -44,6 +44,7 @@ class Dispatcher:
         self.state = DispatchState(settings)
         self._waiting: dict[str, asyncio.Future[Assignment]] = {}  # call → its caller
         self._pump_due = False
+        self._timer: asyncio.TimerHandle | None = None
         self._came_up = asyncio.Event()  # set, and replaced, whenever a worker changed
         self._decisions = 0
         self._slowest = 0.0
@@ -167,6 +168,10 @@ class Dispatcher:
             self._pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
 
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._pump()
+
     def _pump(self) -> None:
         self._pump_due = False
         if not self.state.queues:
@@ -184,6 +189,10 @@ class Dispatcher:
         self._decisions += 1
         self._slowest = max(self._slowest, took)
         metrics.DECIDE_SECONDS.observe(took)
+        due = next_decision(self.state, self._clock())
+        if due is not None and self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.001, due - self._clock()), self._on_timer)
         for assignment in assignments:
             metrics.PLACEMENTS.labels(assignment.worker, assignment.reason).inc()
             future = self._waiting.get(assignment.call.id)

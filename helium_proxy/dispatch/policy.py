@@ -20,6 +20,10 @@ from __future__ import annotations
 from helium_proxy.dispatch.settings import DispatchSettings
 from helium_proxy.dispatch.state import Assignment, DispatchState, Queue, QueuedCall, Reason, WorkerState
 
+_PACE_SLACK_S = 0.01
+_PACED_BACKLOG = 0.5
+"""Pacing begins when the queue is longer than this many times what the workers can run at once."""
+
 
 def decide(state: DispatchState, now: float) -> list[Assignment]:
     """Assigns what can start now; the assigned calls have left the queue and are running in `state`.
@@ -37,29 +41,77 @@ def decide(state: DispatchState, now: float) -> list[Assignment]:
     return assignments
 
 
+def next_decision(state: DispatchState, now: float) -> float | None:
+    """When `decide` should be asked again though nothing happens: when a worker's even pace allows another call."""
+    if not state.queues or not state.settings.smoothing:
+        return None
+    due = [w.next_admission - _PACE_SLACK_S for w in state.workers.values() if w.running]
+    return min((at for at in due if at > now), default=None)
+
+
 def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState], now: float) -> list[Assignment]:
     settings = state.settings
     assignments: list[Assignment] = []
     promised = dict.fromkeys((w.id for w in workers), 0.0)  # engine seconds meant for a worker, still waiting
-    full: set[str] = set()  # workers that had no room for some call in this decision
-    for call in queue.head(settings.window):
-        allowed = [w for w in workers if w.id not in call.exclude] or workers
-        worker, reason = _place(state, call, allowed, promised)
-        if worker.id in full or not worker.has_room(call, settings):
-            full.add(worker.id)
-            idle = _idle(call, allowed, settings)
-            if idle is None:
-                promised[worker.id] += _work(call, worker)
+    full: set[str] = set()  # workers that have no room for the call that is next there: nobody passes it
+    skip = 0  # calls at the head that wait
+    while len(full) < len(workers):
+        head = queue.head(settings.window)[skip:]
+        if not head:
+            break
+        for call in head:
+            worker, reason = _choose(state, call, workers, promised, full, now)
+            if worker is None:
+                skip += 1
                 if len(full) == len(workers):
                     break
                 continue
-            worker, reason = idle, "idle"
-        assignment = _assign(call, worker, reason, now)
-        queue.remove(call)
-        queue.charge(call, assignment.work_s)
-        worker.admit(assignment)
-        assignments.append(assignment)
+            assignment = _assign(call, worker, reason, now)
+            queue.remove(call)
+            queue.charge(call, assignment.work_s)
+            worker.admit(assignment, settings)
+            assignments.append(assignment)
     return assignments
+
+
+def _choose(
+    state: DispatchState,
+    call: QueuedCall,
+    workers: list[WorkerState],
+    promised: dict[str, float],
+    full: set[str],
+    now: float,
+) -> tuple[WorkerState | None, Reason]:
+    """Where `call` starts now; None: it waits (noted in `promised` and `full`)."""
+    settings = state.settings
+    allowed = [w for w in workers if w.id not in call.exclude] or workers
+    worker, reason = _place(state, call, allowed, promised)
+    if (
+        worker.id not in full
+        and worker.has_room(call, settings)
+        and not _too_soon(state, call, worker, len(workers), now)
+    ):
+        return worker, reason
+    full.add(worker.id)
+    idle = _idle(call, allowed, settings)
+    if idle is not None:
+        return idle, "idle"
+    promised[worker.id] += _work(call, worker)
+    return None, reason
+
+
+def _too_soon(state: DispatchState, call: QueuedCall, worker: WorkerState, workers: int, now: float) -> bool:
+    """Whether an even pace would have `call` wait, where the queue is long enough for pace to matter.
+
+    Calls admitted together are prefilled together, which stalls whoever decodes, and finish together: the engine
+    then alternates between prefill and decode instead of doing both in the same step. Spread over their duration,
+    as many run at a time, and prompts are computed in steps that decoding pays for anyway.
+    """
+    settings = state.settings
+    if not settings.smoothing or worker.capacity is None or worker.next_admission <= now + _PACE_SLACK_S:
+        return False
+    fit = settings.kv_share * worker.capacity / max(1, worker.needed_blocks(call))
+    return len(state.queues[call.model]) > _PACED_BACKLOG * fit * workers
 
 
 def _place(

@@ -24,6 +24,11 @@ class DispatchSettings(BaseModel):
     )
     max_running: int = Field(256, ge=1, description="Calls at once on one worker.")
     default_running: int = Field(32, ge=1, description="The same, for a worker whose KV capacity is not known.")
+    smoothing: bool = Field(
+        True,
+        description="Under a long queue, admit calls evenly over the time they take, so that prompts are computed "
+        "beside other calls' decoding and not all at once, stalling it.",
+    )
     recompute_weight: float = Field(
         4.0, ge=0, description="How many times its own cost a recomputed token counts: it also evicts another."
     )

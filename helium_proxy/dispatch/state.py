@@ -95,6 +95,8 @@ class WorkerState:
     running: dict[str, Assignment] = field(default_factory=dict)
     backlog_s: float = 0.0
     """Sum of `work_s` of what runs."""
+    next_admission: float = 0.0
+    """When the next call may be admitted at an even pace."""
     version: int = 0
     """Increases when blocks may have become resident or been lost."""
 
@@ -119,8 +121,12 @@ class WorkerState:
         tail = call.prompt_tokens - len(call.chain) * call.block_size
         return max(1, math.ceil((max(0, tail) + call.output_tokens) / size))
 
+    def needed_blocks(self, call: QueuedCall) -> int:
+        """Blocks that running `call` takes from what is left: those no running call holds already."""
+        return len(call.chain) - self.residency.match_held(call.chain) + self.anonymous_blocks(call)
+
     def has_room(self, call: QueuedCall, settings: DispatchSettings) -> bool:
-        """Whether the worker should run `call` now: within the share of KV meant for running calls, or idle."""
+        """Whether the worker has room to run `call`: within the share of KV meant for running calls, or idle."""
         running = len(self.running)
         if not settings.admission or running == 0:
             return running < settings.max_running
@@ -128,11 +134,14 @@ class WorkerState:
             return running < settings.default_running
         if running >= settings.max_running:
             return False
-        needed = len(call.chain) - self.residency.match_held(call.chain) + self.anonymous_blocks(call)
-        return self.residency.used + needed <= settings.kv_share * self.capacity
+        return self.residency.used + self.needed_blocks(call) <= settings.kv_share * self.capacity
 
-    def admit(self, assignment: Assignment) -> None:
+    def admit(self, assignment: Assignment, settings: DispatchSettings) -> None:
         call = assignment.call
+        if self.capacity is not None:
+            # A call that takes 1/n of the room for d seconds: n of them at an even pace come d/n apart.
+            share = self.needed_blocks(call) / (settings.kv_share * self.capacity)
+            self.next_admission = max(self.next_admission, assignment.started_at) + share * assignment.predicted_s
         self.residency.admit(call.id, call.chain, self.anonymous_blocks(call))
         self.running[call.id] = assignment
         self.backlog_s += assignment.work_s
@@ -301,6 +310,8 @@ class DispatchState:
             while len(self._run_started) > _RUNS_REMEMBERED:
                 self._run_started.popitem(last=False)
             path = -(hints.path_output_tokens + 0.25 * hints.path_prompt_tokens)
+            if hints.plan_rank is not None:
+                path = float(hints.plan_rank)  # a submitted plan has weighed paths against prefixes already
         if hints.deadline_s is not None:
             durations = [w.rates.duration(call.prompt_tokens, call.output_tokens) for w in self.serving(call.model)]
             latest = call.arrived_at + hints.deadline_s - 2 * min(durations, default=0.0)
