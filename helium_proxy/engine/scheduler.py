@@ -59,6 +59,9 @@ class Scheduler:
         self._context = 0  # sum of prompt_tokens - base over them: their contexts' sum at tick 0
         self._step: Step | None = None  # started and not finished
         self._next: tuple[Request, float] | None = None  # next in the queue beside pins, and since when
+        self._lacking: tuple[Request, int] | None = (
+            None  # next in the queue, which lacks blocks; what it found cached
+        )
         self._aborting: list[Request] = []  # to be dropped when that step is over
         self._seq = 0
         # ---------------------------------------------------------------------------------------------------
@@ -229,6 +232,11 @@ class Scheduler:
         heap = self._finishing
         while not _valid(heap[0]):
             heapq.heappop(heap)
+        if self._lacking is not None:  # a reply under way may hold the very block that the next in the queue lacks
+            waiting, at = self._lacking
+            lacking = waiting.hashes[at] if at < len(waiting.hashes) else None
+            if any(at < len(r.hashes) and r.hashes[at] == lacking for r in self._running):
+                return 1
         ticks = min(most, heap[0][0] - self.ticks)
         free = self.pool.free
         if self._decoding * (ticks // self._block + 1) > free:
@@ -286,6 +294,7 @@ class Scheduler:
     def _admit(self, budget: int, chunks: list[tuple[Request, int]], now: float) -> None:
         """Move waiting requests to the running ones while tokens, sequences and blocks last."""
         pool, size = self.pool, self._block
+        self._lacking = None
         while budget > 0 and self._waiting and len(self._running) < self._seqs:
             request = self._waiting[-1][3]
             total = request.prompt_tokens + request._generated
@@ -294,6 +303,7 @@ class Scheduler:
             if self.pins.blocks:
                 self._relieve(request, -(-total // size), hit, now)
             if need + pool.idle(hit) > pool.free:
+                self._lacking = request, len(hit)
                 return
             self._waiting.pop()
             pool.touch(hit)

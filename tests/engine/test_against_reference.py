@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helium_proxy.engine import EngineConfig, Profile, Request, Scheduler
@@ -80,8 +80,12 @@ def test_every_step_equals_the_reference(world: tuple[EngineConfig, list]) -> No
     assert ours.pool.free == ours.pool.capacity
 
 
+JOINED = EngineConfig(profile=UNIT, block_size=SIZE, num_blocks=14, max_num_seqs=3, max_num_batched_tokens=23)
+
+
 @settings(max_examples=60, deadline=None)
 @given(worlds())
+@example((JOINED, [(0, 1, 8, (0, 1), 0), (4, 16, 3, (7, 8, 9, 10), 0), (5, 29, 1, (0, 1, 2, 3, 4, 5, 6), 0)]))
 def test_runs_of_steps_equal_single_steps(world: tuple[EngineConfig, list]) -> None:  # type: ignore[type-arg]
     config, arrivals = world  # arrivals never fall on the end of a step: what is first then is open
 
