@@ -1,0 +1,63 @@
+"""The report: every section renders from result files, and says so where there is none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import campaigns, report, systems
+from benchmarks.campaign import Campaign
+from benchmarks.engines import EngineOptions
+from benchmarks.workingset import working_set
+from benchmarks.workloads import SIZES, WORKLOADS
+from tests.benchmarks.test_bench_stats import measurement
+
+pytest.importorskip("matplotlib")
+
+
+def result(*measurements: Any) -> dict[str, Any]:
+    options = {"time_scale": 1.0, "profile": "cpu-tiny"}
+    campaign = {"engines": "embedded:2", "options": options, "repeats": 3, "kv_divisor": None}
+    about = {"campaign": campaign, "prompt_sizes": {"static": 1, "context": 1, "question": 1, "output": 1}}
+    about |= {"num_blocks": 96, "block_size": 32, "cpu": "a CPU", "cores": 2, "date": "2026-01-01T", "commit": "abc"}
+    return {"about": about, "notes": [], "measurements": [m.to_json() for m in measurements]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(report, "PLOTS", tmp_path)
+    return tmp_path
+
+
+def test_figures_come_from_the_result_file(folder: Path) -> None:
+    measured = [measurement("rr", 12.5), measurement("helium", 10.0), measurement("helium", 14.0, shape="iterative")]
+    measured.append(measurement("rr", 7.0, shape="iterative"))
+    text = report.render({"vllm": result(*measured)})
+    assert "geometric mean **0.79 ×**" in text
+    assert "least 0.50 × (iterative), most 1.25 × (debate)" in text
+    assert "No gain (within 2% of the best peer, or behind it): iterative (helium: 0.50 × over rr)." in text
+    for plot in re.findall(r"\(benchmarks/([^)]+)\)", text):
+        assert (folder / plot).read_text().startswith("<?xml")
+
+
+def test_what_was_not_measured_is_said(folder: Path) -> None:
+    text = report.render({})
+    assert "**Not run.**" in text
+    assert text.count("Not measured in this run.") >= 5
+
+
+def test_campaigns_name_what_exists() -> None:
+    for campaign in [*campaigns.CAMPAIGNS.values(), *campaigns.quick().values()]:
+        assert set(campaign.shapes) <= set(WORKLOADS)
+        assert campaign.sizes in SIZES
+        for name in campaign.systems:
+            systems.find(name)
+
+
+def test_kv_can_be_sized_to_the_batch() -> None:
+    size = working_set(WORKLOADS["debate"], SIZES["tiny"], 4, 16)
+    assert working_set(WORKLOADS["debate"], SIZES["tiny"], 8, 16) > 1.5 * size
+    assert Campaign("embedded:2", EngineOptions(), ("debate",), ("rr",), "tiny", scale=0.5).batch("debate") == 16
