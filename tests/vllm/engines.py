@@ -206,7 +206,7 @@ class VllmEngine(EngineClient):
                 start_new_session=True,
             )
 
-    def wait_ready(self, timeout: float = 300.0) -> None:
+    def wait_ready(self, timeout: float = 600.0) -> None:
         """Block until ``/health`` answers. Raises `EngineFailed` when the process exits or `timeout` s pass."""
         while not self.healthy():
             if not self.alive:
@@ -239,7 +239,7 @@ class VllmEngine(EngineClient):
         return "\n".join(text.splitlines()[-lines:])
 
 
-def start_engines(engines: Sequence[VllmEngine], timeout: float = 300.0) -> None:
+def start_engines(engines: Sequence[VllmEngine], timeout: float = 600.0) -> None:
     """Start all at the same time and wait for all; when one fails, none is left running."""
     try:
         for engine in engines:
