@@ -224,6 +224,7 @@ class _Search:
         self.scores: dict[int, tuple[Text, dict[int, int]]] = {}  # text key → its matched units
         self.shared: list[tuple[int, int, list[Text]]] = []  # unit, size, the texts that share it
         self.exact: list[Text] = []
+        self.found: dict[int, int] = {}  # units of the messages that have hits
 
     def prefix(self) -> int:
         """Find the longest earlier prompt and reply that this prompt begins with; returns the first message
@@ -283,6 +284,7 @@ class _Search:
             if not message.hits:
                 continue
             found, seen, scores = message.units, message.first_seen, self.scores
+            self.found.update(found)
             for unit, texts in message.hits:
                 if not texts:
                     continue
@@ -330,7 +332,7 @@ class _Search:
         good = [
             (text, matched)
             for text, matched in self.scores.values()
-            if text.key in whole or _enough(sum(matched.values()), text.chars)
+            if text.key in whole or sum(matched.values()) >= _ENOUGH_CHARS or self._mostly(text)
         ]
         for text, matched in good:
             quoted = len(good) > 1 and any(
@@ -339,6 +341,11 @@ class _Search:
             )
             if not quoted:
                 self._consider(text.replies, extends=False)
+
+    def _mostly(self, text: Text) -> bool:
+        """Whether most of a short reply is here, what it quotes itself included."""
+        here = self.found.keys() & text.units.keys()
+        return sum(text.units[unit] for unit in here) >= _ENOUGH_SHARE * text.chars
 
     def _consider(self, replies: Sequence[Reply], extends: bool) -> None:
         """Choose one of equally good candidates, or put them aside when no rule tells them apart."""
@@ -373,10 +380,6 @@ class _Search:
     def _choose(self, reply: Reply, extends: bool) -> None:
         self.chosen[reply.call.id] = (reply, extends)
         self.homes.add(id(reply.call.run))
-
-
-def _enough(matched: int, chars: int) -> bool:
-    return matched >= _ENOUGH_CHARS or matched >= _ENOUGH_SHARE * chars
 
 
 def _post(table: dict[_K, list[_V]], key: _K, value: _V) -> None:

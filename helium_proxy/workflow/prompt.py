@@ -117,7 +117,7 @@ class MessageCache:
         chain = [last]
         cache = self._messages
         for item in raw:
-            digest = xxhash.xxh3_64_intdigest(orjson.dumps(item, option=orjson.OPT_NON_STR_KEYS))
+            digest = _digest(item)
             message = cache.get((tenant, digest))
             if message is None:
                 message = _read_message(item, digest, now)
@@ -133,6 +133,14 @@ class MessageCache:
         return Prompt(
             tuple(messages), raw, tuple(chain), previous if isinstance(previous, str) and previous else None
         )
+
+
+def _digest(item: Any) -> int:
+    try:
+        raw = orjson.dumps(item, option=orjson.OPT_NON_STR_KEYS)
+    except TypeError:  # lone surrogates
+        raw = repr(item).encode("utf-8", "surrogatepass")
+    return xxhash.xxh3_64_intdigest(raw)
 
 
 def _raw_messages(route: str, body: Mapping[str, Any]) -> Iterator[Any]:
