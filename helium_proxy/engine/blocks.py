@@ -121,7 +121,8 @@ class BlockPool:
 
     def allocate(self, n: int) -> list[int]:
         """`n` blocks from the head of the free queue, evicted from the cache. The caller checked `free`."""
-        queue, stale, refs, hash_of = self._queue, self._stale, self._refs, self._hash
+        queue, stale, refs, hash_of, cached = self._queue, self._stale, self._refs, self._hash, self._cached
+        plain = not self._copies and self.events is None  # then an eviction is two assignments, done in place
         self.free -= n
         out: list[int] = []
         while n:
@@ -129,8 +130,13 @@ class BlockPool:
             if stale[b]:
                 stale[b] -= 1
                 continue
-            if hash_of[b] is not None:
-                self._evict(b)
+            h = hash_of[b]
+            if h is not None:
+                if plain:
+                    del cached[h]
+                    hash_of[b] = None
+                else:
+                    self._evict(b)
             refs[b] = 1
             out.append(b)
             n -= 1

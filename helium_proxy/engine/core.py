@@ -8,6 +8,7 @@ of their tokens have come, so that nothing is queued per token and a slow reader
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from array import array
@@ -21,6 +22,8 @@ from .metrics import EngineMetrics
 from .request import Request, StepResult
 from .scheduler import Scheduler
 from .text import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _MAX_LAG_S = 0.25
 
@@ -92,12 +95,18 @@ class EmbeddedEngine:
 
     async def __aenter__(self) -> EmbeddedEngine:
         self._task = asyncio.create_task(self._run(), name="embedded-engine")
+        self._task.add_done_callback(self._ended)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """The engine is down, by request or by a defect: let nobody wait for it."""
+        if not task.cancelled():
+            logger.error("the embedded engine died", exc_info=task.exception())
         for generation in list(self._generations.values()):
             generation.progress(generation.generated, finished=True)
 
@@ -121,7 +130,10 @@ class EmbeddedEngine:
         stream: bool = False,
         read_cache: bool = True,
     ) -> Generation:
-        """Queue a request whose answer will be `reply`. Raises ValueError if it can never run."""
+        """Queue a request whose answer will be `reply`. Raises ValueError if it can never run, RuntimeError if the
+        engine is down."""
+        if not self.alive:
+            raise RuntimeError("the engine is down")
         tokens = prompt + reply.tokens
         request = Request(
             id,

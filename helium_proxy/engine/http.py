@@ -11,7 +11,7 @@ import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from .core import EmbeddedEngine, Generation
-from .generate import Sampling
+from .generate import Reply, Sampling
 
 _TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
 
@@ -155,9 +155,20 @@ async def relay(call: Call, generations: list[Generation], progress: Progress) -
                 seen[i] = generation.generated
             if generation.finished:
                 open_.remove(i)
+                if not generation.complete:
+                    await call.close_stream(b"".join(out) + sse(ApiError(500, DOWN).body()) + DONE)
+                    raise Aborted
         if out:
             await call.write(b"".join(out))
         await call.suffer(seen[0])
+
+
+async def whole(generation: Generation) -> Reply:
+    """The reply, when all of it has come."""
+    await generation.wait()
+    if not generation.complete:
+        raise ApiError(500, DOWN)
+    return generation.reply
 
 
 def sse(payload: Any) -> bytes:
@@ -165,6 +176,7 @@ def sse(payload: Any) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
+DOWN = "the engine is down"
 
 
 def usage(generations: Sequence[Generation], n: int = 1) -> dict[str, Any]:

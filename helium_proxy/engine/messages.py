@@ -9,7 +9,7 @@ import orjson
 
 from .core import EmbeddedEngine, Generation
 from .generate import Reply
-from .http import ApiError, Call, integer, relay, supervise
+from .http import ApiError, Call, integer, relay, supervise, whole
 from .openai import Prompt, chat_prompt, pin_reply, request_id, submit
 from .text import content_text
 
@@ -111,14 +111,14 @@ def _stop(reply: Reply) -> tuple[str, str | None]:
 
 
 async def _whole(engine: EmbeddedEngine, call: Call, id: str, generation: Generation) -> None:
-    await generation.wait()
-    reason, sequence = _stop(generation.reply)
+    reply = await whole(generation)
+    reason, sequence = _stop(reply)
     await call.json(
         {
             "id": id,
             "type": "message",
             "role": "assistant",
-            "content": _blocks(id, generation.reply),
+            "content": _blocks(id, reply),
             "model": engine.config.model,
             "stop_reason": reason,
             "stop_sequence": sequence,

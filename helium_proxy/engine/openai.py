@@ -13,7 +13,7 @@ import orjson
 
 from .core import EmbeddedEngine, Generation
 from .generate import Reply, Sampling, choose_tool, free_text, json_reply, seed_of, tool_call
-from .http import DONE, ApiError, Call, integer, relay, sampling, sse, supervise, token_list, usage
+from .http import DONE, DOWN, ApiError, Call, integer, relay, sampling, sse, supervise, token_list, usage, whole
 from .text import render
 
 _ids = itertools.count(1)
@@ -103,6 +103,8 @@ def submit(
     for prompt in prompts:
         params = sampling(body, len(prompt.tokens), engine.config.context, max_tokens)
         ready += [(prompt, reply_to(engine, prompt, params, i)) for i in range(n)]
+    if not engine.alive:
+        raise ApiError(500, DOWN)
     return [
         engine.submit(
             f"{id}-{next(_ids)}",
@@ -184,8 +186,7 @@ async def chat(engine: EmbeddedEngine, call: Call) -> None:
 async def _chat_whole(engine: EmbeddedEngine, call: Call, id: str, generations: list[Generation], top: int) -> None:
     choices = []
     for i, generation in enumerate(generations):
-        await generation.wait()
-        reply = generation.reply
+        reply = await whole(generation)
         choices.append(
             {
                 "index": i,
@@ -312,8 +313,7 @@ async def _completion_whole(
 ) -> None:
     choices = []
     for i, generation in enumerate(generations):
-        await generation.wait()
-        reply = generation.reply
+        reply = await whole(generation)
         choices.append(
             {
                 "index": i,

@@ -13,7 +13,7 @@ import orjson
 
 from .core import EmbeddedEngine, Generation
 from .generate import Reply
-from .http import ApiError, Call, integer, relay, supervise
+from .http import ApiError, Call, integer, relay, supervise, whole
 from .openai import Prompt, chat_prompt, pin_reply, request_id, submit
 
 _KEPT = 1024
@@ -133,6 +133,7 @@ class Responses:
         stored.turns = [*stored.turns, {"role": "assistant", "content": content, "tool_calls": calls}]
 
     async def _whole(self, call: Call, stored: Stored) -> None:
+        await whole(stored.generation)
         await self._finish(stored)
         await call.json(stored.response)
 

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from helium_proxy.engine import Scheduler
 from helium_proxy.engine.profile import Profile
 
 from .conftest import Client, Serve
@@ -263,3 +264,27 @@ async def test_time_passes_as_the_profile_says(serve: Serve) -> None:
         assert all(status == 200 for status, _ in answers)
         assert 9 * 0.025 <= took < 5
         assert 9 * 0.05 <= await client.metric("vllm:e2e_request_latency_seconds_sum") / 4 <= 2 * took
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_dead_engine_leaves_nobody_waiting(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    async with serve(profile=SLOW) as client:
+        body = {**HELLO, "max_tokens": 500, "ignore_eos": True, "stream": stream}
+
+        async def ask() -> tuple[int, str]:
+            async with client.session.post(client.url + CHAT, json=body) as answer:
+                return answer.status, await answer.text()
+
+        task = asyncio.create_task(ask())
+        await client.until("vllm:num_requests_running", 1)
+        monkeypatch.setattr(Scheduler, "finish", lambda self: 1 / 0)
+        status, text = await task
+        assert status == (200 if stream else 500)
+        assert "the engine is down" in text
+        assert text.endswith("data: [DONE]\n\n") is stream
+        assert (await client.post(CHAT, HELLO))[0] == 500
+        async with client.session.get(client.url + "/health") as answer:
+            assert answer.status == 503
+        assert "ZeroDivisionError" in caplog.text
