@@ -1,11 +1,12 @@
 """Fit the embedded engine's `cpu-tiny` profile to a real vLLM CPU engine, and measure the error that remains.
 
-    python -m benchmarks.calibrate [--repeats 3] [--url URL --blocks N]
+    python -m benchmarks.calibrate [--repeats 3] [--pool] [--url URL --blocks N]
 
 runs small batches (prefills of several lengths, decodes in batches of several sizes, with short and long contexts)
 on a real engine, fits the profile's five rates to their durations, and then compares makespans on workloads that the
 fit has not seen: map-reduce, debate and chains of calls, with shared prefixes and a KV cache too small to hold all.
-Prompts are token ids, so that both engines see the same blocks. Writes ``benchmarks/results/calibration.json``.
+Prompts are token ids, so that both engines see the same blocks. It writes ``benchmarks/results/calibration.json`` and
+the table in ``docs/engine.md``; the rates go into `engine.profile.CPU_TINY` by hand (a test compares them).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from helium_proxy.engine import EngineConfig, Profile, Request, Scheduler, block
 from helium_proxy.engine.profile import CPU_TINY
 
 RESULT = Path(__file__).parent / "results" / "calibration.json"
+PAGE = Path(__file__).parents[1] / "docs" / "engine.md"
+BEGIN, END = "<!-- calibration: written by benchmarks/calibrate.py -->", "<!-- /calibration -->"
 RATES = ("step_s", "prefill_token_s", "prefill_context_s", "decode_seq_s", "context_token_s")
 VOCABULARY = 8000
 SPACING_S = 0.001  # between the sends of one client
@@ -225,11 +228,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--url", help="an engine that runs already; default: start one")
     parser.add_argument("--blocks", type=int, default=96, help="its KV blocks, of 128 tokens")
+    parser.add_argument("--pool", action="store_true", help="keep the repeats of the last result beside the new ones")
     args = parser.parse_args()
     config = EngineConfig(
         profile=CPU_TINY, block_size=128, num_blocks=args.blocks, max_model_len=LIMIT, policy="priority"
     )
     measured: dict[str, list[float]] = {}
+    if args.pool:
+        last = json.loads(RESULT.read_text())
+        measured = {name: row["repeats_s"] for name, row in {**last["fitted_to"], **last["judged_by"]}.items()}
     with engine(args.url, args.blocks) as url:
         asyncio.run(real(url, [Job(tokens(random.Random(0), 64), 8)]))  # warm
         for seed in range(args.repeats):
@@ -239,7 +246,23 @@ def main() -> None:
     report = calibrate(config, measured)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    document(report)
     print(json.dumps(report, indent=2))
+
+
+def document(report: dict[str, Any]) -> None:
+    """Put the errors into the page."""
+    lines = [
+        "| workload | measured, s (fastest of the repeats; slowest) | simulated, s | error |",
+        "|---|---|---|---|",
+    ]
+    for kind in ("judged_by", "fitted_to"):
+        for name, row in report[kind].items():
+            label = f"**{name}**" if kind == "judged_by" else name
+            measured = f"{row['measured_s']:.3f}; {max(row['repeats_s']):.3f}"
+            lines.append(f"| {label} | {measured} | {row['simulated_s']:.3f} | {row['error']:+.1%} |")
+    head, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text("\n".join((head + BEGIN, *lines, END + rest.partition(END)[2])))
 
 
 def calibrate(config: EngineConfig, measured: dict[str, list[float]]) -> dict[str, Any]:

@@ -98,10 +98,11 @@ def roofline(name: str, gpu: Gpu, model: Model) -> Profile:
 
 CPU_TINY = Profile(
     "cpu-tiny",
-    step_s=21.5e-3,
-    prefill_token_s=0.89e-3,
-    prefill_context_s=5.73e-7,
-    decode_seq_s=1.69e-3,
+    step_s=17.04e-3,
+    prefill_token_s=0.8349e-3,
+    prefill_context_s=3.216e-7,
+    decode_seq_s=1.261e-3,
+    context_token_s=5.369e-6,
     kv_tokens=65_536,
     block_size=128,
     max_num_seqs=128,
