@@ -62,6 +62,8 @@ class _Node:
     parents: list[tuple[Key, _Edge, float]] = field(default_factory=list)
     """(parent's key, edge, share of this node's calls having such a parent)."""
     group: frozenset[Key] = frozenset()
+    constant: float | None = None
+    """Calls per run, where that never varies though many calls are joined in each."""
     siblings: float = 1.0
     """Calls expected with the same parents, this one included."""
     path: tuple[int, float, float] = (0, 0.0, 0.0)
@@ -83,7 +85,7 @@ class Forecast:
         for key in self._order:
             stats = template.nodes[key]
             self._nodes[key] = _Node(stats, self._edges(stats, template), group=stats.group())
-            if key != ROOT and key[1] >= self._bases.get(key[0], ROOT)[1]:
+            if stats.output.n and key[1] >= self._bases.get(key[0], ROOT)[1]:
                 self._bases[key[0]] = key
         # Compiling costs by the node, and matters less once runs have confirmed what is known.
         self.keep = max(len(self._order) / 32, 1.0) * (1.0 if template.runs < 5 else 8.0)
@@ -112,6 +114,9 @@ class Forecast:
                 joined = node.stats.edges[edge.child].joined
                 child.parents.append((key, edge, min(1.0, joined / max(child.stats.calls, 1))))
         for node in self._nodes.values():
+            counts = node.stats.counts
+            if len(counts) > 1 and min(counts) == max(counts) and any(e.fan_in > 1.5 for _, e, _ in node.parents):
+                node.constant = float(counts[0])
             if not node.group:
                 continue
             nearest = max((parent for parent in node.group if parent in place), key=place.__getitem__, default=ROOT)
@@ -198,6 +203,8 @@ class Forecast:
             through = [(share, totals.get(parent, 0.0) * edge.instances) for parent, edge, share in node.parents]
             sure = [count for share, count in through if share >= _ALWAYS]
             expected = sure[-1] if sure else sum(count for _, count in through)
+            if node.constant is not None and expected > node.constant:
+                expected = node.constant  # a join of everything, however much that is
             totals[key] = max(float(run.key_counts.get(key, 0)), expected)
         del totals[ROOT]
         return totals

@@ -167,7 +167,7 @@ class Run:
             if edge.parent is parent:
                 edge.extends = edge.extends or extends
                 return True
-        if parent is child or (child.children and _descends(child, parent)):
+        if parent is child or (child.children and descends(child, parent)):
             return False
         child.edges.append(Edge(parent, kind, source, extends))
         parent.children.append(child)
@@ -225,7 +225,7 @@ def longest_same(call: Call) -> int:
     return best
 
 
-def _descends(ancestor: Call, call: Call) -> bool:
+def descends(ancestor: Call, call: Call) -> bool:
     """Whether `call` is below `ancestor`."""
     seen, stack = set(), list(ancestor.children)
     while stack:

@@ -1,11 +1,11 @@
 """Which node of a workflow an untagged call is: learned from its system prompt and tool schemas.
 
 Equal system prompt and tools: the same node; so too without the tools (an agent told to answer now). Otherwise
-the same node when tools' names agree and the prompt is a variation of a known one: equal but for digits (a date,
-an id); or beginning and ending alike and sharing most of its sentences (a name, a retrieved passage in between);
-or beginning alike where many such prompts were seen once and never again, since roles recur and data do not.
-Else prompts are different roles, however much boilerplate they share. Without a system prompt the first words of
-the first message take its place.
+the same node when tools' names agree and the prompt is a variation of a known one: equal but for digits after its
+first words (a date, an id); or beginning and ending alike and sharing most of its sentences (a name, a retrieved
+passage in between); or beginning alike where many such prompts were seen once and never again, since roles recur
+and data do not. Else prompts are different roles, however much boilerplate they share. Without a system prompt
+the first words of the first message take its place.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Identities:
         tail = masked[-_TAIL_CHARS:]
         found = units(masked)
         total = sum(found.values())
-        head = masked[:_HEAD_CHARS].partition("\n")[0]
+        head = text.strip()[:_HEAD_CHARS].partition("\n")[0]  # "expert 3" and "expert 4" are two roles
         bucket = hash((names, head))
         once = []
         for known in self._buckets.get(bucket, ()):

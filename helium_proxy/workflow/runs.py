@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import xxhash
 
+from helium_proxy.errors import InvalidRequest
 from helium_proxy.types import CallRequest
-from helium_proxy.workflow.graph import Call, Run
+from helium_proxy.workflow.graph import Call, Run, descends
 from helium_proxy.workflow.infer import Link
 from helium_proxy.workflow.settings import WorkflowSettings
 from helium_proxy.workflow.tags import Tags
@@ -120,6 +121,20 @@ class Runs:
             return visible
         unused = [other for other in same if all(child.base != call.base for child in other.children)]
         return unused or same[-1:]
+
+    def check_parents(self, run: Run | None, base: str, names: Sequence[str]) -> None:
+        """Raise `InvalidRequest` when a new call of node `base` with these parents would be its own ancestor."""
+        occurrences = run.occurrences.get(base, ()) if run is not None else ()
+        if base in names and not occurrences:
+            raise InvalidRequest(f"helium.parents: {base} names itself", param="helium.parents")
+        if run is None:
+            return
+        number = run.counts.get(base, 0) + 1
+        below = list(run.waiting.get(base if number == 1 else f"{base}#{number}", ()))
+        for name in names:
+            parent = run.find(name)
+            if parent is not None and any(parent is child or descends(child, parent) for child in below):
+                raise InvalidRequest(f"helium.parents: {base} and {name} make a cycle", param="helium.parents")
 
     # -- entering ----------------------------------------------------------------------------------------
 

@@ -88,6 +88,8 @@ class NodeStats:
     closed: int = 0
     """Calls in ended runs."""
     per_run: Mean = field(default_factory=Mean)
+    counts: deque[int] = field(default_factory=lambda: deque(maxlen=_MEMORY))
+    """Calls in each of the latest ended runs."""
     rank: Mean = field(default_factory=Mean)
     """Position within its run, in order of arrival: parents rank below their children."""
     prompt: Mean = field(default_factory=Mean)
@@ -219,7 +221,9 @@ class Template:
         self._close(self.nodes[ROOT], run.root_keys)
         for key, stats in self.nodes.items():
             if key != ROOT:
-                stats.per_run.add(run.key_counts.get(key, 0))
+                count = run.key_counts.get(key, 0)
+                stats.per_run.add(count)
+                stats.counts.append(count)
 
     def close_call(self, call: Call) -> None:
         """Count a call that is forgotten while its run goes on."""
@@ -329,6 +333,7 @@ def _dump_node(stats: NodeStats) -> dict[str, Any]:
         "key": stats.key,
         "calls": stats.closed,
         "per_run": (stats.per_run.n, stats.per_run.mean),
+        "counts": list(stats.counts),
         "rank": (stats.rank.n, stats.rank.mean),
         "prompt": (stats.prompt.n, stats.prompt.mean),
         "output": (stats.output.n, stats.output.mean),
@@ -360,6 +365,7 @@ def _load_node(item: Mapping[str, Any]) -> NodeStats:
         calls=item["calls"],
         closed=item["calls"],
         per_run=Mean(*item["per_run"]),
+        counts=deque(item["counts"], maxlen=_MEMORY),
         rank=Mean(*item["rank"]),
         prompt=Mean(*item["prompt"]),
         output=Mean(*item["output"]),

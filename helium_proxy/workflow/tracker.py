@@ -148,6 +148,8 @@ class Workflows:
             links = tenant.replies.match(prompt, home, read.workflow)
             if read.parents is None and prompt.previous is not None:
                 links = self._previous(tenant, prompt, home, links)
+        if self.settings.strict and read.parents:
+            self._runs.check_parents(home, base, read.parents)
         run = self._runs.choose(request, read, base, home, links if read.parents is None else [], now=now)
         call = Call(request.id, run, base, base, arrived_at=now, queued_at=now, prompt=prompt.whole)
         self._runs.enter(call, read, now)
@@ -225,8 +227,8 @@ class Workflows:
                 ):
                     self._counts["tags_ignored"] += 1
                 for parent in found:
-                    if run.link(parent, call, "data", "tag", shown.get(parent.id, False)):
-                        self._counts["edges_tag"] += 1
+                    linked = run.link(parent, call, "data", "tag", shown.get(parent.id, False))
+                    self._counts["edges_tag" if linked else "tags_ignored"] += 1
         spawner = self._runs.spawner(call, read)
         if spawner is not None and run.link(spawner, call, "spawn", "native"):
             self._counts["edges_native"] += 1
