@@ -233,17 +233,18 @@ def main() -> None:
     config = EngineConfig(
         profile=CPU_TINY, block_size=128, num_blocks=args.blocks, max_model_len=LIMIT, policy="priority"
     )
+    last = json.loads(RESULT.read_text()) if args.pool else {"fitted_to": {}, "judged_by": {}, "runs": []}
     measured: dict[str, list[float]] = {}
-    if args.pool:
-        last = json.loads(RESULT.read_text())
-        measured = {name: row["repeats_s"] for name, row in {**last["fitted_to"], **last["judged_by"]}.items()}
     with engine(args.url, args.blocks) as url:
         asyncio.run(real(url, [Job(tokens(random.Random(0), 64), 8)]))  # warm
         for seed in range(args.repeats):
             for name, jobs in {**micro(100 * seed), **workloads(100 * seed)}.items():
                 measured.setdefault(name, []).append(asyncio.run(real(url, jobs)))
                 print(f"{name:20} {measured[name][-1]:8.3f} s", flush=True)
-    report = calibrate(config, measured)
+    alone = calibrate(config, measured)["max_abs_error_judged"]
+    for name, row in {**last["fitted_to"], **last["judged_by"]}.items():
+        measured[name] += row["repeats_s"]
+    report = {**calibrate(config, measured), "runs": [*last["runs"], alone]}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(report, indent=2) + "\n")
     document(report)
