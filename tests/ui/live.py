@@ -22,14 +22,20 @@ from operate.load import Load
 SETTINGS = {"HELIUM_ENGINE__PROFILE": "h100-8b", "HELIUM_ENGINE__COUNT": "2", "HELIUM_LOG__LEVEL": "warning"}
 
 
-@contextlib.contextmanager
-def proxy(**settings: str) -> Iterator[str]:
-    """Its base URL, once both engines are up."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def proxy(*workers: str) -> Iterator[str]:
+    """The base URL of a proxy in front of `workers` (none: two embedded engines), once two of them are up."""
+    port = free_port()
     command = [str(Path(sys.executable).parent / "helium-proxy"), "serve", "--port", str(port)]
-    process = subprocess.Popen(command, env={**os.environ, **SETTINGS, **settings})
+    for url in workers:
+        command += ["--worker", url]
+    process = subprocess.Popen(command, env={**os.environ, **SETTINGS})
     base = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + 60

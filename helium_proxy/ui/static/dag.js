@@ -48,7 +48,7 @@ export function dagView({ label, onselect, short = false }) {
     layout(graph);
     const { width, height } = graph.graph();
     const box = element.getBoundingClientRect();
-    const wide = box.width && width ? Math.min(2.6, Math.max(1, (box.width / box.height) * (height / width))) : 1; // use the room beside a tall graph
+    const wide = box.width && width ? Math.min(4, Math.max(1, (box.width / box.height) * (height / width))) : 1; // use the room beside a tall graph
     size = { width: (width - WIDTH) * wide + WIDTH || 1, height: height || 1 };
     const across = (x) => (x - WIDTH / 2) * wide + WIDTH / 2;
     places = new Map(nodes.map((node) => [node.id, { x: across(graph.node(node.id).x), y: graph.node(node.id).y }]));

@@ -50,7 +50,7 @@ export function ganttView({ label, onselect }) {
     const rows = data.rows.map((row) => {
       const bars = data.bars.filter((bar) => bar.row === row.id);
       const count = Math.max(1, lanes(bars));
-      const lane = Math.max(9, Math.min(20, 190 / count));
+      const lane = Math.max(9, Math.min(20, 210 / count));
       const placed = { ...row, y, height: count * lane, lane };
       tops.set(row.id, placed);
       y += placed.height + GAP;
@@ -90,7 +90,7 @@ export function ganttView({ label, onselect }) {
       const room = to - from - 8;
       const letters = Math.floor(room / 6.4) - 2;
       const name = letters >= bar.name.length ? bar.name : letters > 5 ? `${bar.name.slice(0, letters - 1)}…` : "";
-      const caption = height >= 13 && room > 6 ? `${glyph(bar.kind)} ${name}` : "";
+      const caption = height >= 12 && room > 6 ? `${glyph(bar.kind)} ${name}` : "";
       set(parts.caption, { x: from + 5, y: top + height / 2 + 3.5, text: caption });
       set(parts.title, { text: bar.title });
     });
