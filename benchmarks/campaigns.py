@@ -89,6 +89,14 @@ _ABLATION = replace(
     decode_cost=3.0,
 )
 
+_STARVATION = replace(
+    _TWO_DAY,
+    shapes=("stream",),
+    systems=("rr", "helium", "helium-no-ordering"),
+    scale=0.5,
+)
+"""A small call in the stream of a large workflow: `helium-no-ordering` is first in, first out."""
+
 _ONE_WORKER = replace(
     _TWO_DAY,
     engines="embedded:1",
@@ -107,6 +115,7 @@ CAMPAIGNS: dict[str, Campaign] = {
     "two_day": _TWO_DAY,
     "agents": _AGENTS,
     "ablation": _ABLATION,
+    "starvation": _STARVATION,
     "one_worker": _ONE_WORKER,
 }
 

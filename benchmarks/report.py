@@ -63,6 +63,7 @@ _SECTIONS: tuple[sections.Section, ...] = (
         "tenants, open-loop arrivals.",
     ),
     sections.ablation,
+    sections.starvation,
     sections.campaign_section(
         "one_worker",
         "One worker that holds everything",

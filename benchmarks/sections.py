@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from . import plots
@@ -170,6 +171,25 @@ def ablation(results: Results, folder: Path) -> str:
         "## What each part is worth\n\nMakespan relative to everything on (tagged), one switch turned off at a time; "
         f"with everything on, tokens ÷ fewest are {', '.join(_cell(base[key].over_minimum) for key in shapes)}. "
         f"{setting(results['ablation'])}\n\n{markdown_table(head, body)}"
+    )
+
+
+def starvation(results: Results, folder: Path) -> str:
+    """How long a small call waits in the stream of a large workflow."""
+    if "starvation" not in results:
+        return ""
+    measured = [Measurement(**m) for m in results["starvation"]["measurements"]]
+    waits = {
+        system: median(m.tenants["single"]["run_p95"] for m in measured if m.system == system and m.tenants)
+        for system in dict.fromkeys(m.system for m in measured)
+    }
+    body = [[system, f"{wait:.2f}"] for system, wait in waits.items()]
+    ratio = waits["helium"] / waits["helium-no-ordering"] if "helium-no-ordering" in waits else math.nan
+    return (
+        "## A small call beside a large workflow\n\nMap-Reduce runs arrive faster than they can be served, and now "
+        f"and then one small single call. Its latency, p95: helium's is {ratio:.2f} × that of first in, first out "
+        f"(`helium-no-ordering`). {setting(results['starvation'])}\n\n"
+        f"{markdown_table(['system', 'single call p95 s'], body)}"
     )
 
 

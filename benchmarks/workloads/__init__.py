@@ -36,6 +36,7 @@ WORKLOADS: dict[str, Workload] = {
         tree_search.WORKLOAD,
         retrieval.WORKLOAD,
         mixed.WORKLOAD,
+        mixed.STREAM,
         open_loop.POISSON,
         open_loop.BURSTS,
     )

@@ -43,6 +43,15 @@ def test_figures_come_from_the_result_file(folder: Path) -> None:
         assert (folder / plot).read_text().startswith("<?xml")
 
 
+def test_waiting_in_a_stream_is_compared_with_first_in_first_out(folder: Path) -> None:
+    waits = {"helium": 3.0, "helium-no-ordering": 2.0}
+    measured = [
+        measurement(system, 9.0, shape="stream", tenants={"single": {"run_p50": 1.0, "run_p95": wait}})
+        for system, wait in waits.items()
+    ]
+    assert "helium's is 1.50 × that of first in, first out" in report.render({"starvation": result(*measured)})
+
+
 def test_what_was_not_measured_is_said(folder: Path) -> None:
     text = report.render({})
     assert "**Not run.**" in text
