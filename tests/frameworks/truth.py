@@ -107,8 +107,9 @@ def edge_score(found: Iterable[Edge], truth: Truth) -> Score:
 
 
 def grouped(pairs: Sequence[tuple[str, str]]) -> int:
-    """Of `(true role, inferred node)` of each call, how many are in the right group: the role's commonest node, unless
-    that node is commoner for another role."""
+    """Of `(true role, inferred node)` of each call, how many are in the right
+    group: the role's commonest node, unless that node is commoner for another role.
+    """
     both = Counter(pairs)
     best_node: dict[str, str] = {}
     best_role: dict[str, str] = {}
