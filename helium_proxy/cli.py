@@ -96,7 +96,7 @@ def engine(context: click.Context, arguments: tuple[str, ...]) -> None:
 @click.option("--worker", "workers", multiple=True, metavar="URL", help="Use these workers, not embedded ones.")
 @click.option("--once", is_flag=True, help="End after the comparison; otherwise serve on until Ctrl-C.")
 @click.option("--port", default=8080, show_default=True, help="The proxy's port; 0: any.")
-@click.option("--batch", default=6, show_default=True, help="Inputs per workflow.")
+@click.option("--batch", default=4, show_default=True, help="Inputs per workflow.")
 @click.option("--model", help="Model to ask for [the first served].")
 def demo(workers: tuple[str, ...], once: bool, port: int, batch: int, model: str | None) -> None:
     """Run agent workflows directly and through the proxy, and compare.

@@ -30,8 +30,8 @@ from helium_proxy.local import engines as embedded_engines
 ENGINES = 2
 PROFILE = "cpu-tiny"
 """Speed of the embedded engines: fitted to a real vLLM on one CPU core."""
-BLOCKS, BLOCK_SIZE = 512, 16
-"""Their KV cache: what the demo's prompts have in common does not fit into it."""
+BLOCKS, BLOCK_SIZE = 640, 16
+"""Their KV cache: one engine cannot hold all the roles' handbooks, let alone what is read with them."""
 _ENGINE_FLAGS = ("--num-blocks", str(BLOCKS + 1), "--block-size", str(BLOCK_SIZE), "--scheduling-policy", "priority")
 
 
@@ -74,22 +74,27 @@ async def run(workers: list[str], *, once: bool, port: int, batch: int, model: s
                 if model is not None and model not in served:
                     raise DemoFailed(f"model {model!r} is not served; there are: {', '.join(served)}")
                 model = model or served[0]
+                show.workload(console, batch, calls(batch))
                 direct = await _direct(engines, model, batch, api_key, console)
                 used = usable_port(port)
                 if port and used != port:
                     console.print(f"Port {port} is taken: using {used}.")
-                async with proxy(engines.urls, used, api_key) as process:
+                with proxy(engines.urls, used, api_key) as process:
+                    await process.ready()
                     show.watch(console, used, once=once)
-                    proxied = await _through(engines, used, model, batch, console)
+                    try:
+                        proxied = await _through(engines, used, model, batch, console)
+                    except DemoFailed as error:
+                        raise DemoFailed(f"{error}\n{process.tail()}") from None
                     comparison = Comparison(direct, proxied, _differing(direct, proxied))
                     show.comparison(console, comparison, embedded=not workers)
                     done = not comparison.differing
                     if not once:
                         show.invitation(console, used, model)
-                        await process.wait()
-                        raise DemoFailed("the proxy has ended")
+                        await process.ended()
     except DemoFailed as error:
-        console.print(f"[red]demo:[/] {error}", soft_wrap=True)
+        console.print("[red]demo:[/]", end=" ")
+        console.print(str(error), markup=False, soft_wrap=True)
         return 1
     except asyncio.CancelledError:
         return 0 if done else 130

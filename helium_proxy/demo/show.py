@@ -17,8 +17,17 @@ if TYPE_CHECKING:
 
 def engines(console: Console, count: int, profile: str, kv_tokens: int) -> None:
     console.print(
-        f"{count} embedded engines: vLLM's scheduling simulated at the speed of [b]{profile}[/] (a small model on one "
-        f"CPU core), {kv_tokens:,} tokens of KV each. Their answers are made up, the same for the same prompt."
+        f"{count} embedded engines: vLLM's scheduling, simulated, at the speed of a small model on one CPU core each "
+        f"({profile}), {kv_tokens:,} tokens of KV each. Their answers are made up: equal prompts, equal answers.",
+        soft_wrap=True,
+    )
+
+
+def workload(console: Console, batch: int, calls: int) -> None:
+    console.print(
+        f"Agents: for each of {batch} incident reports, 14 experts and a summarizer (map-reduce), and a debate of 3 "
+        f"sides over 2 rounds; all at once, {calls} calls.",
+        soft_wrap=True,
     )
 
 

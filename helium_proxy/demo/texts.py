@@ -5,12 +5,18 @@ from __future__ import annotations
 from random import Random
 
 _SERVICES = ("checkout", "search", "billing", "identity", "catalogue", "messaging", "reporting", "gateway")
-_PARTS = ("connection pool", "write-ahead log", "retry queue", "feature flag", "leader election", "rate limiter",
-          "schema migration", "certificate", "background job", "read replica", "cache layer", "DNS record")  # fmt: skip
-_SYMPTOMS = ("timed out", "returned stale data", "was saturated", "lost its quorum", "rejected valid requests",
-             "restarted in a loop", "doubled its latency", "dropped one in nine messages")  # fmt: skip
-_ACTIONS = ("rolled back the release", "failed over to the second region", "raised the limit by hand",
-            "drained the affected hosts", "disabled the flag", "replayed the queue", "restarted the primary")  # fmt: skip
+_PARTS = (
+    *("connection pool", "write-ahead log", "retry queue", "feature flag", "leader election", "rate limiter"),
+    *("schema migration", "certificate", "background job", "read replica", "cache layer", "DNS record"),
+)
+_SYMPTOMS = (
+    *("timed out", "returned stale data", "was saturated", "lost its quorum", "rejected valid requests"),
+    *("restarted in a loop", "doubled its latency", "dropped one in nine messages"),
+)
+_ACTIONS = (
+    *("rolled back the release", "failed over to the second region", "raised the limit by hand"),
+    *("drained the affected hosts", "disabled the flag", "replayed the queue", "restarted the primary"),
+)
 _RULES = (
     "When the {service} service's {part} {symptom}, ask first what changed in the hour before.",
     "A {part} that {symptom} twice in a quarter needs an owner and a date, not another alert.",
@@ -29,6 +35,13 @@ EXPERTS = {
     "capacity": "which limit was reached first, and how much room was left",
     "support": "what customers saw, and what they were told",
     "release": "which change set it off, and why no test caught it",
+    "privacy": "whether anybody saw data that was not theirs",
+    "storage": "what filled up, and what was not cleaned",
+    "mobile": "what clients that cannot be updated did meanwhile",
+    "finance": "what it cost, in refunds and in hours",
+    "process": "who decided what, when, and on which evidence",
+    "monitoring": "which alert came late, and which came for nothing",
+    "partners": "what companies that depend on us noticed",
 }
 """Experts of the map-reduce: name, and what it looks at."""
 
@@ -42,16 +55,16 @@ DEBATERS = {
 SUMMARIZER = "You write the summary that the whole company reads. Join the experts' findings, and name disagreements."
 
 
-def handbook(role: str, duty: str, rules: int = 32) -> str:
-    """A role's system prompt, about 20 tokens a rule: the same in every call of that role."""
+def handbook(role: str, duty: str, rules: int = 24) -> str:
+    """A role's system prompt, about 26 tokens a rule: the same in every call of that role."""
     random = Random(role)
     lines = [f"You review incidents for the role '{role}'. Your concern: {duty}. Follow the handbook."]
     lines += [f"{number}. {_sentence(random, random.choice(_RULES))}" for number in range(1, rules + 1)]
     return "\n".join(lines)
 
 
-def report(number: int, events: int = 10) -> str:
-    """An incident report, about 25 tokens an event."""
+def report(number: int, events: int = 4) -> str:
+    """An incident report, about 20 tokens an event."""
     random = Random(f"report {number}")
     minute = random.randrange(600, 900)
     lines = [f"Incident {4100 + number}. Service: {random.choice(_SERVICES)}. Timeline:"]

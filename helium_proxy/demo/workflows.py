@@ -28,7 +28,7 @@ class Agent:
     """More fields for every call."""
     answered: Callable[[], None] = lambda: None
     """Called after every answer."""
-    max_tokens: int = 64
+    max_tokens: int = 24
     # -- state
     answers: dict[tuple[str, str], str] = field(default_factory=dict)
     """(run, node) → what was answered."""
@@ -53,7 +53,7 @@ class Agent:
 
 
 async def map_reduce(agent: Agent, number: int) -> str:
-    """Seven experts read one report; a summarizer joins what they found. 8 calls."""
+    """Fourteen experts read one report; a summarizer joins what they found. 15 calls."""
     run = f"review-{number}"
 
     async def expert(name: str) -> str:
