@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal
 
 import orjson
+import structlog
 
 from helium_proxy import metrics
 from helium_proxy.errors import CacheMiss
@@ -17,6 +18,8 @@ from helium_proxy.gateway.replies import Reply, read_reply
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.ticket import Ticket
 from helium_proxy.reuse import Answer, Entry, Seat, StreamRenamer, as_json, as_sse, retell
+
+log = structlog.get_logger(__name__)
 
 CacheResult = Literal["hit", "coalesced", "miss", "bypass"]
 
@@ -61,7 +64,12 @@ class Calls:
         if cache is None:
             return None
         now, oldest = self._services.wall(), ticket.control.max_age
-        return cache.peek(key, now, oldest) or await cache.get(key, now, oldest)
+        try:
+            return cache.peek(key, now, oldest) or await cache.get(key, now, oldest)
+        except Exception:
+            log.exception("prompt cache failed; the call is computed")
+            metrics.FAIL_OPEN.labels("reuse").inc()
+            return None
 
     def _hit(self, ticket: Ticket, entry: Entry) -> Served:
         services, request = self._services, ticket.request
@@ -73,6 +81,7 @@ class Calls:
         else:
             pieces = [as_json(entry, request.id, now, request.body)]
             kind = b"application/json"
+        self._original(ticket)
         report(services, ticket, "hit", read_reply({**orjson.loads(entry.body), "id": request.id}))
         return Served(200, [(b"content-type", kind)], _pieces(pieces), ticket.stream, "hit", entry.age(now), _nothing)
 
@@ -114,8 +123,16 @@ class Calls:
         async for chunk in chunks:
             yield chunk
         if not seat.leads and ticket.key is not None:
-            known = self._computer.replies.get(ticket.key, Reply())
-            report(self._services, ticket, "coalesced", known)
+            report(self._services, ticket, "coalesced", self._original(ticket))
+
+    def _original(self, ticket: Ticket) -> Reply:
+        """The computed reply that this call shares, if it is remembered. A stored response can then be referred to
+        under the id that this client was given."""
+        assert ticket.key is not None
+        known = self._computer.replies.get(ticket.key, Reply())
+        if known.id is not None and ticket.request.route == "/v1/responses":
+            self._services.note_alias(ticket.request.id, known.id)
+        return known
 
     def _alone(self, ticket: Ticket, answer: Answer) -> Served:
         chunks = answer.chunks

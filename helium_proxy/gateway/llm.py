@@ -181,7 +181,8 @@ class LlmRoutes:
         """The call of a parsed request. Raises InvalidRequest for bad tags in strict mode only."""
         services, settings = self._services, self._services.settings
         given = headers.get("x-request-id") or body.get("request_id")
-        request_id = given if isinstance(given, str) and _SAFE_ID.match(given) else uuid.uuid4().hex
+        safe = isinstance(given, str) and _SAFE_ID.match(given)
+        request_id = services.unique(str(given)) if safe else uuid.uuid4().hex
         request = CallRequest(
             id=ID_PREFIX.get(route, "") + request_id,
             tenant=principal.tenant,
@@ -193,6 +194,7 @@ class LlmRoutes:
         sent = {k: v for k, v in strip_headers(headers).items() if k not in _NOT_SENT}
         sent["x-request-id"] = request_id
         ticket = Ticket(request, raw, path, sent, arrived, control=parse_cache_control(headers.get("cache-control")))
+        ticket.request_id = str(given) if safe else request_id
         if route in ID_PREFIX:
             try:
                 ticket.arrival = services.workflows.arrive(request, arrived)
@@ -208,7 +210,11 @@ class LlmRoutes:
         if hints is not None:
             ticket.hints = hints
         previous = body.get("previous_response_id")
-        ticket.prefer = services.owners.get(previous) if isinstance(previous, str) else prefer
+        if isinstance(previous, str):
+            ticket.previous = services.aliases.get(previous)
+            ticket.prefer = services.owners.get(ticket.previous or previous)
+        else:
+            ticket.prefer = prefer
         if settings.auth.salt_tenants:
             own, tenant = body.get("cache_salt"), principal.tenant
             ticket.salt = f"{len(tenant)}:{tenant}" + (f":{own}" if isinstance(own, str) else "")
@@ -288,7 +294,7 @@ class LlmRoutes:
         )
         headers = [
             (b"x-helium-cache", served.cache.encode()),
-            (b"x-request-id", ticket.headers["x-request-id"].encode("latin-1")),
+            (b"x-request-id", ticket.request_id.encode("latin-1")),
             (b"server-timing", timing.encode()),
         ]
         if ticket.arrival is not None:
@@ -307,8 +313,14 @@ class LlmRoutes:
     ) -> None:
         raw = await read_body(headers, receive, self._services.settings.server.max_body_bytes)
         stored = re.match(r"/v1/responses/([^/]+)", scope["path"])
+        given = b""
         if stored:
-            workers = self._holders(stored[1])
+            known = self._services.aliases.get(stored[1])
+            if known is not None:
+                given = stored[1].encode()
+                path = scope["path"].replace(stored[1], known, 1)
+                scope = {**scope, "path": path, "raw_path": path.encode()}
+            workers = self._holders(known or stored[1])
         else:
             kind = headers.get("content-type", "")
             form = _FORM_MODEL.search(raw) if kind.startswith("multipart/") else None
@@ -316,7 +328,7 @@ class LlmRoutes:
             workers = self._able(model)[: self._services.settings.pool.max_attempts]
         for last, worker in ((i == len(workers) - 1, w) for i, w in enumerate(workers)):
             take_404 = last or not stored
-            if await self._try(scope, raw, headers, worker, send, receive, last=last, take_404=take_404):
+            if await self._try(scope, raw, headers, worker, send, receive, last=last, take_404=take_404, given=given):
                 return
 
     def _holders(self, response: str) -> list[Worker]:
@@ -341,14 +353,15 @@ class LlmRoutes:
         *,
         last: bool,
         take_404: bool,
+        given: bytes,
     ) -> bool:
         """Passes the request to `worker`; False when another should be asked: it gave no answer, or one of 404 and
-        not `take_404`."""
+        not `take_404`. `given`: the id by which the client knows what the path names by another."""
         answered = False
 
         async def work() -> None:
             nonlocal answered
-            answered = await self._pass(scope, raw, headers, worker, send, last=last, take_404=take_404)
+            answered = await self._pass(scope, raw, headers, worker, send, last=last, take_404=take_404, given=given)
 
         await while_connected(receive, work)
         return answered
@@ -363,6 +376,7 @@ class LlmRoutes:
         *,
         last: bool = True,
         take_404: bool = True,
+        given: bytes = b"",
     ) -> bool:
         sent = {k: v for k, v in strip_headers(headers).items() if k not in _NOT_SENT}
         worker.inflight += 1
@@ -384,7 +398,10 @@ class LlmRoutes:
                     chunks = _with_its_end_told(upstream.chunks(), scope["path"])
                     await send_stream(send, upstream.status, own, chunks)
                 else:
-                    await send_whole(send, upstream.status, own, await upstream.read())
+                    answer = await upstream.read()
+                    if given:
+                        answer = answer.replace(scope["path"].split("/")[3].encode(), given)
+                    await send_whole(send, upstream.status, own, answer)
             finally:
                 upstream.close()
         finally:

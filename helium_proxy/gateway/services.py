@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,9 +68,29 @@ class Services:
     """New calls are refused, those in flight are finished."""
     owners: dict[str, str] = field(default_factory=dict)
     """Stored response id → the worker that has it; bounded by `note_owner`."""
+    ids: dict[str, str] = field(default_factory=dict)
+    """Request ids that clients chose, the newest; bounded likewise."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Id a client was given for a reused response → the id its worker stored it under; bounded likewise."""
+
+    def unique(self, given: str) -> str:
+        """`given` the first time, something of its own thereafter: clients pass one trace id on with many calls, and
+        a response's id must name one call."""
+        if given in self.ids:
+            given = f"{given}-{uuid.uuid4().hex[:12]}"
+        _remember(self.ids, given, "")
+        return given
 
     def note_owner(self, response: str, worker: str) -> None:
-        self.owners.pop(response, None)
-        self.owners[response] = worker
-        while len(self.owners) > 100_000:
-            del self.owners[next(iter(self.owners))]
+        _remember(self.owners, response, worker)
+
+    def note_alias(self, given: str, stored: str) -> None:
+        if given != stored:
+            _remember(self.aliases, given, self.aliases.get(stored, stored))
+
+
+def _remember(table: dict[str, str], key: str, value: str) -> None:
+    table.pop(key, None)
+    table[key] = value
+    while len(table) > 100_000:
+        del table[next(iter(table))]

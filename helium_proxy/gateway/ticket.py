@@ -30,9 +30,13 @@ class Ticket:
     headers: Mapping[str, str]
     """What is sent to the worker, apart from its own key."""
     arrived_at: float
+    request_id: str = ""
+    """The request id as the client said it; several calls may have it."""
     arrival: Arrival | None = None
     hints: Hints = field(default_factory=Hints)
     prefer: str | None = None
+    previous: str | None = None
+    """The id under which the worker knows the response that the body's `previous_response_id` names, if another."""
     control: CacheControl = field(default_factory=CacheControl)
     key: bytes | None = None
     """In the prompt cache and among calls in flight; None: not deterministic, or not to be reused."""
@@ -100,6 +104,8 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
     }
     if ticket.salt and isinstance(body.get("cache_salt"), str):
         merged["cache_salt"] = ticket.salt  # the client's is in it: none chooses its way into another's blocks
+    if ticket.previous is not None:
+        merged["previous_response_id"] = ticket.previous
     if ticket.request.route == "/v1/responses" and "request_id" not in body:
         new["request_id"] = ticket.request.id  # the id under which the engine stores the response
     usage = ticket.adds_usage

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from serving import CHAT, Proxy, Stack, chat
 
 from helium_proxy import metrics
@@ -44,7 +43,6 @@ async def test_calls_need_a_key(stack: Stack) -> None:
 
 
 async def test_the_client_s_key_reaches_no_worker_and_no_log(stack: Stack, capfd: pytest.CaptureFixture[str]) -> None:
-    structlog.reset_defaults()  # everything, down to debug, on standard output
     worker = await stack.fake()
     proxy = await stack.proxy(worker, auth={"keys": KEYS}, log={"level": "debug", "access": True})
     for path in (CHAT, "/v1/other"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 import pytest
-from serving import CHAT, Seen, Stack, chat
+from serving import CHAT, Seen, Stack, answer, chat, until
 
 _OWN = {"workflow": "w", "run": "r1", "node": "n", "parents": [], "final": False, "priority": 2, "deadline_ms": 9000}
 
@@ -121,3 +122,27 @@ async def test_a_call_s_priority_is_the_client_s_own_where_it_says_one(stack: St
     proxy = await stack.proxy(worker)
     await proxy.chat(priority=7)
     assert worker.seen[0].body["priority"] == 7
+
+
+async def test_calls_that_share_a_request_id_are_still_calls_of_their_own(stack: Stack) -> None:
+    """Clients pass one trace id on with every call of a run."""
+    release = asyncio.Event()
+
+    async def wait(seen: Seen) -> None:
+        await release.wait()
+        await answer(seen)
+
+    worker = await stack.fake(always=wait)
+    proxy = await stack.proxy(worker, await stack.fake(always=wait))
+    same = {"X-Request-Id": "trace"}
+    calls = [asyncio.create_task(proxy.chat(str(i), headers=same, stream=i % 2 == 0)) for i in range(8)]
+    await until(lambda: proxy.services.in_flight == 8)
+    release.set()
+    async with asyncio.timeout(5):
+        answers = await asyncio.gather(*calls)
+    assert [a.status_code for a in answers] == [200] * 8
+    statistics = proxy.services.dispatcher.statistics()
+    assert (statistics.running, statistics.queued) == (0, 0)
+    assert all(w.inflight == 0 for w in proxy.services.pool)
+    (calls_seen,) = [sum(r["calls"] for r in proxy.services.workflows.runs(100, None, None))]
+    assert calls_seen == 8

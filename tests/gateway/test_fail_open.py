@@ -1,0 +1,71 @@
+"""A room that breaks costs its own benefit and never an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from serving import Proxy, Stack, chat
+
+from helium_proxy import metrics
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a bug")
+
+
+async def broken_async(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a bug")
+
+
+def failures(room: str) -> float:
+    value: float = metrics.FAIL_OPEN.labels(room)._value.get()
+    return value
+
+
+ROOMS: dict[str, Callable[[pytest.MonkeyPatch, Proxy], None]] = {
+    "workflow arrives": lambda m, p: m.setattr(p.services.workflows, "arrive", broken),
+    "workflow finishes": lambda m, p: m.setattr(p.services.workflows, "finished", broken),
+    "policy": lambda m, p: m.setattr("helium_proxy.dispatch.dispatcher.decide", broken),
+    "tokenizer": lambda m, p: m.setattr("helium_proxy.planner.estimate.token_chain", broken),
+    "cache key": lambda m, p: m.setattr("helium_proxy.gateway.llm.cache_key", broken),
+    "cache look-up": lambda m, p: m.setattr(type(p.services.cache), "peek", broken),
+    "reply": lambda m, p: m.setattr("helium_proxy.gateway.replies.reply_of", broken),
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_calls_are_answered_without_it(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, room: str, stream: bool
+) -> None:
+    proxy = await stack.proxy(await stack.engine(), await stack.engine())
+    ROOMS[room](monkeypatch, proxy)
+    for i in range(3):
+        for temperature in (0, 1):
+            response = await proxy.chat(f"text {i}", stream=stream, temperature=temperature, max_tokens=3)
+            assert response.status_code == 200
+            assert b"error" not in response.content
+    statistics = proxy.services.dispatcher.statistics()
+    assert (statistics.running, statistics.queued, proxy.services.in_flight) == (0, 0, 0)
+    assert all(w.inflight == 0 for w in proxy.services.pool)
+
+
+async def test_failures_are_counted(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = await stack.proxy(await stack.fake())
+    ROOMS["workflow arrives"](monkeypatch, proxy)
+    ROOMS["policy"](monkeypatch, proxy)
+    before = failures("workflow"), failures("dispatch")
+    assert (await proxy.chat()).status_code == 200
+    assert failures("workflow") == before[0] + 1
+    assert failures("dispatch") > before[1]
+
+
+async def test_what_nobody_foresaw_is_a_500_in_the_api_s_form(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = await stack.proxy(await stack.fake())
+    monkeypatch.setattr(type(proxy.services.estimator), "estimate", broken_async)
+    response = await proxy.client.post("/v1/chat/completions", json=chat())
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    assert "bug" not in response.text

@@ -1,0 +1,134 @@
+"""Workers added and removed while calls are under way, several of several models, and what is told of them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from serving import CHAT, Seen, Stack, chat, until
+
+
+async def test_workers_are_added_and_removed_at_run_time(stack: Stack) -> None:
+    first, second = await stack.fake(), await stack.fake()
+    proxy = await stack.proxy(first)
+    added = await proxy.client.post("/helium/workers", json={"url": second.url + "/v1/"})
+    assert added.status_code == 201
+    name = added.json()["id"]
+    assert name == second.url.removeprefix("http://")
+    await proxy.up(2)
+    gone = await proxy.client.delete(f"/helium/workers/{first.url.removeprefix('http://')}")
+    assert gone.json()["state"] == "removed"
+    for i in range(3):
+        assert (await proxy.chat(str(i))).headers["x-helium-worker"] == name
+    assert not first.seen
+    listed = (await proxy.client.get("/helium/workers")).json()["workers"]
+    assert [w["id"] for w in listed] == [name]
+    assert (await proxy.client.delete(f"/helium/workers/{second.url}")).status_code == 200, "by URL, too"
+    assert (await proxy.client.get("/ready")).status_code == 503
+    assert (await proxy.client.delete(f"/helium/workers/{name}")).status_code == 404
+
+
+async def test_adding_one_that_is_there_changes_its_key(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    again = await proxy.client.post("/helium/workers", json={"url": worker.url, "api_key": "sk-new"})
+    assert again.status_code == 201
+    assert "sk-new" not in again.text
+    await proxy.chat()
+    assert worker.seen[-1].headers["authorization"] == "Bearer sk-new"
+    assert len(proxy.services.pool) == 1
+
+
+async def test_bad_workers_are_refused(stack: Stack) -> None:
+    proxy = await stack.proxy(engine={"count": 0}, pool={"max_workers": 1})
+    for body in ({}, {"url": "ftp://x"}, {"url": 7}, {"url": "http://x", "uurl": 1}, [], "http://x"):
+        response = await proxy.client.post("/helium/workers", json=body)
+        assert response.status_code == 400, body
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    assert (await proxy.client.post("/helium/workers", content=b"{")).status_code == 400
+    assert (await proxy.client.post("/helium/workers", json={"url": "http://127.0.0.1:9"})).status_code == 201
+    assert (await proxy.client.post("/helium/workers", json={"url": "http://127.0.0.1:8"})).status_code == 400
+
+
+async def test_removal_waits_for_the_calls_it_has(stack: Stack) -> None:
+    release = asyncio.Event()
+
+    async def wait(seen: Seen) -> None:
+        await release.wait()
+        await seen.json(seen.completion())
+
+    worker = await stack.fake(always=wait)
+    proxy = await stack.proxy(worker)
+    call = asyncio.create_task(proxy.chat())
+    await until(lambda: worker.inside == 1)
+    (watched,) = proxy.services.pool.all()
+    removal = asyncio.create_task(proxy.client.delete(f"/helium/workers/{watched.id}"))
+    await until(lambda: watched.state == "draining")
+    assert not removal.done()
+    release.set()
+    assert (await call).status_code == 200
+    assert (await removal).status_code == 200
+    assert len(proxy.services.pool) == 0
+    assert not proxy.services.dispatcher.state.workers
+
+
+async def test_models_are_the_union_and_calls_go_where_theirs_is(stack: Stack) -> None:
+    small, large, both = await stack.fake("small"), await stack.fake("large"), await stack.fake("small", "large")
+    proxy = await stack.proxy(small, large, both)
+    cards = (await proxy.client.get("/v1/models")).json()["data"]
+    assert sorted(c["id"] for c in cards) == ["large", "small"]
+    assert {c["max_model_len"] for c in cards} == {4096}
+    assert (await proxy.client.get("/v1/models/large")).json()["id"] == "large"
+    for model in ("small", "large"):
+        for i in range(4):
+            body = {**chat(str(i)), "model": model}
+            assert (await proxy.client.post(CHAT, json=body)).json()["model"] in ("small", "large")
+            await proxy.client.post("/tokenize", json={"model": model, "prompt": "x"})
+    assert {s.body["model"] for s in small.seen} == {"small"}
+    assert {s.body["model"] for s in large.seen} == {"large"}
+    assert len(small.seen) + len(large.seen) + len(both.seen) == 16
+
+
+async def test_a_call_that_names_no_model_of_several_is_the_engine_s_to_answer(stack: Stack) -> None:
+    worker, other = await stack.fake("one"), await stack.fake("two")
+    proxy = await stack.proxy(worker, other)
+    await proxy.client.post(CHAT, json={"messages": []})
+    assert len(worker.seen) + len(other.seen) == 1
+
+
+async def test_models_that_a_worker_loads_later_are_noticed(stack: Stack) -> None:
+    worker = await stack.fake("demo")
+    proxy = await stack.proxy(worker, pool={"models_interval_s": 0.05, "health_interval_s": 0.05})
+    worker.models = ("demo", "adapter")
+    await until(lambda: proxy.services.pool.models() == {"demo", "adapter"})
+    assert (await proxy.client.post(CHAT, json={**chat(), "model": "adapter"})).status_code == 200
+    worker.models = ("adapter",)
+    await until(lambda: proxy.services.pool.models() == {"adapter"})
+
+
+async def test_a_restart_between_two_readings_is_noticed(stack: Stack) -> None:
+    worker = await stack.fake()
+    worker.prompt_tokens = 1000
+    proxy = await stack.proxy(worker, pool={"metrics_interval_s": 0.02})
+    (watched,) = proxy.services.pool.all()
+    await until(lambda: watched.facts.prompt_tokens == 1000)
+    epoch = watched.epoch
+    worker.prompt_tokens = 10
+    await until(lambda: watched.epoch == epoch + 1)
+
+
+async def test_what_the_workers_route_tells(stack: Stack) -> None:
+    engine = await stack.engine()
+    proxy = await stack.proxy(engine)
+    await proxy.chat("hello " * 50, max_tokens=2)
+    await until(lambda: all(w.facts.num_blocks for w in proxy.services.pool))
+    (told,) = (await proxy.client.get("/helium/workers")).json()["workers"]
+    assert told["models"] == ["demo"]
+    assert told["state"] == "up"
+    assert told["breaker"] == "closed"
+    assert told["engine"] == "helium"
+    assert told["tokenizer"] == "exact"
+    assert told["block_size"] == 16
+    assert told["capacity_blocks"] == 4096
+    assert told["running"] == 0
+    assert told["resident_blocks"] > 0
+    assert told["error"] is None
