@@ -39,6 +39,8 @@ _MAX_UNITS = 64
 """Units indexed per reply, the first of them."""
 _MAX_TEXTS = 8
 """Different replies that may share a unit before it counts as common."""
+_MAX_USERS = 64
+"""Prompts remembered that used a reply."""
 _MAX_TWINS = 512
 """Equal replies, or replies to equal prompts, that are told apart."""
 
@@ -52,7 +54,7 @@ class Reply:
     tool_calls: tuple[str, ...]
     prompt: int
     finished_at: float
-    users: set[int] = field(default_factory=set)
+    users: frozenset[int] = frozenset()
     """Prompts (hashes) of the calls linked to it."""
 
 
@@ -88,7 +90,9 @@ class ReplyIndex:
         self._scan_chars = scan_chars
         self._replies: OrderedDict[str, Reply] = OrderedDict()  # call id → reply, oldest first
         self._texts: dict[int, Text] = {}  # text key → text
-        self._units: dict[int, list[Text]] = {}  # fresh unit → texts having it, at most _MAX_TEXTS + 1
+        # Fresh unit → the text having it, or those (at most _MAX_TEXTS + 1), the first to be said first. Mostly
+        # one: a list for each would be most of what the garbage collector has to look at.
+        self._units: dict[int, Text | tuple[Text, ...]] = {}
         self._prompts: dict[int, list[Reply]] = {}  # hash of a whole prompt → replies to it
         self._tool_calls: dict[str, list[Reply]] = {}  # tool-call id → replies that made it
 
@@ -115,7 +119,8 @@ class ReplyIndex:
         self, call: Call, own: Sequence[Message], text: str | None, tool_calls: tuple[str, ...], now: float
     ) -> None:
         """Index a finished call's reply; `own` is the call's own prompt."""
-        self.forget(call.id)
+        if call.id in self._replies:
+            self.forget(call.id)
         reply = Reply(call, None, tool_calls, call.prompt, now)
         if text and (key := text_key(text)):
             known = self._texts.get(key)
@@ -141,10 +146,13 @@ class ReplyIndex:
                 new.difference_update(every.keys() & message.units.keys())
         fresh = every if len(new) == len(every) else {unit: size for unit, size in every.items() if unit in new}
         made = Text(key, len(text), every, fresh, now)
+        known = self._units
         for unit in fresh:
-            posting = self._units.setdefault(unit, [])
-            if len(posting) <= _MAX_TEXTS:
-                posting.append(made)
+            posting = known.setdefault(unit, made)
+            if posting is not made:
+                others = posting if isinstance(posting, tuple) else (posting,)
+                if len(others) <= _MAX_TEXTS:
+                    known[unit] = (*others, made)
         return made
 
     def forget(self, call: str) -> None:
@@ -161,7 +169,15 @@ class ReplyIndex:
             if not text.replies:
                 del self._texts[text.key]
                 for unit in text.fresh:
-                    _unpost(self._units, unit, text)
+                    self._forget_unit(unit, text)
+
+    def _forget_unit(self, unit: int, text: Text) -> None:
+        posting = self._units.get(unit)
+        if posting is text:
+            del self._units[unit]
+        elif isinstance(posting, tuple) and text in posting:
+            left = tuple(other for other in posting if other is not text)
+            self._units[unit] = left if len(left) > 1 else left[0]
 
     # -- matching ----------------------------------------------------------------------------------------
 
@@ -170,16 +186,21 @@ class ReplyIndex:
         reply = self._replies.get(response)
         return None if reply is None else reply.call
 
-    def match(self, prompt: Prompt, home: Run | None, workflow: str | None = None) -> list[Link]:
+    def match(
+        self, prompt: Prompt, home: Run | None, workflow: str | None = None, *, prefix_only: bool = False
+    ) -> list[Link]:
         """The calls that made parts of `prompt`, given the run and the workflow the call is known to be of.
 
-        Cost: one dictionary look-up per message, plus the splitting of messages never searched before and the
-        intersection of their units with the index.
+        `prefix_only`: just whose conversation it continues (its parents are known). Cost: one dictionary look-up
+        per message, plus the splitting of messages never searched before and the look-up of their units.
         """
         search = _Search(self, prompt, home, workflow)
         start = search.prefix()
-        search.tool_results(start)
-        search.texts(start)
+        if prefix_only:
+            self.fill_units(prompt, start)
+        else:
+            search.tool_results(start)
+            search.texts(start)
         return search.resolve()
 
     def fill_units(self, prompt: Prompt, start: int) -> int:
@@ -204,7 +225,7 @@ class ReplyIndex:
     def text(self, key: int) -> Text | None:
         return self._texts.get(key)
 
-    def hits(self, found: Mapping[int, int]) -> Sequence[tuple[int, list[Text]]]:
+    def hits(self, found: Mapping[int, int]) -> Sequence[tuple[int, Text | tuple[Text, ...]]]:
         """`(unit, texts)` of the units that any reply has freshly."""
         known = self._units
         return [(unit, known[unit]) for unit in found if unit in known]
@@ -222,7 +243,7 @@ class _Search:
         self.chosen: dict[str, tuple[Reply, bool]] = {}  # call id → reply, extends
         self.doubtful: list[tuple[list[Reply], bool]] = []
         self.scores: dict[int, tuple[Text, dict[int, int]]] = {}  # text key → its matched units
-        self.shared: list[tuple[int, int, list[Text]]] = []  # unit, size, the texts that share it
+        self.shared: list[tuple[int, int, tuple[Text, ...]]] = []  # unit, size, the texts that share it
         self.exact: list[Text] = []
         self.found: dict[int, int] = {}  # units of the messages that have hits
 
@@ -285,15 +306,15 @@ class _Search:
                 continue
             found, seen, scores = message.units, message.first_seen, self.scores
             self.found.update(found)
-            for unit, texts in message.hits:
-                if not texts:
+            for unit, posting in message.hits:
+                if isinstance(posting, tuple):
+                    if seen >= posting[0].since and len(posting) <= _MAX_TEXTS:
+                        self.shared.append((unit, found[unit], posting))
                     continue
-                text = texts[0]  # the first to be said is the first in the posting
-                if seen < text.since or len(texts) > _MAX_TEXTS:
+                text = posting
+                if seen < text.since:
                     continue
-                if len(texts) > 1:
-                    self.shared.append((unit, found[unit], texts))
-                elif text.key in scores:
+                if text.key in scores:
                     scores[text.key][1][unit] = found[unit]
                 else:
                     scores[text.key] = (text, {unit: found[unit]})
@@ -321,8 +342,8 @@ class _Search:
                         self._consider(here_only, extends=False)
         links = [Link(reply.call, extends) for reply, extends in self.chosen.values()]
         for reply, _ in self.chosen.values():
-            if len(reply.users) < _MAX_TWINS:
-                reply.users.add(self.prompt.whole)
+            if len(reply.users) < _MAX_USERS:
+                reply.users |= {self.prompt.whole}
         return links
 
     def _by_units(self, whole: set[int]) -> None:

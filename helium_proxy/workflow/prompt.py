@@ -68,7 +68,7 @@ class Message:
     """When this message was first sent by anybody: it cannot stem from a reply that came later."""
     units: Mapping[int, int] | None = None
     """Filled when the message is first searched."""
-    hits: Sequence[tuple[int, list[Any]]] | None = None
+    hits: Sequence[tuple[int, Any]] | None = None
     """Units found in the tenant's reply index at that time, with their postings. A message cannot stem from a
     later reply, so it is never searched again."""
 
@@ -111,21 +111,25 @@ class MessageCache:
 
     def read(self, tenant: str, route: str, model: str, body: Mapping[str, Any], now: float) -> Prompt:
         """The prompt of a request body of any of the four routes; parts of unknown shape are skipped."""
-        raw = list(_raw_messages(route, body))
+        given = body.get("messages")
+        if type(given) is list and "system" not in body and route.endswith("/chat/completions"):
+            raw = [item for item in given if isinstance(item, dict)]
+        else:
+            raw = list(_raw_messages(route, body))
         messages: list[Message] = []
         last = hash((tenant, model))
         chain = [last]
         cache = self._messages
         for item in raw:
             digest = _digest(item)
-            message = cache.get((tenant, digest))
+            key = (tenant, digest)
+            message = cache.get(key)
             if message is None:
-                message = _read_message(item, digest, now)
-                cache[(tenant, digest)] = message
+                message = cache[key] = _read_message(item, digest, now)
                 if len(cache) > self._capacity:
                     cache.popitem(last=False)
             else:
-                cache.move_to_end((tenant, digest))
+                cache.move_to_end(key)
             messages.append(message)
             last = hash((last, digest))
             chain.append(last)

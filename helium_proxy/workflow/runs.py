@@ -122,6 +122,10 @@ class Runs:
         unused = [other for other in same if all(child.base != call.base for child in other.children)]
         return unused or same[-1:]
 
+    def ambiguous(self, run: Run | None, names: Sequence[str]) -> bool:
+        """Whether content is needed to tell which calls of `run` these parents' names mean."""
+        return run is not None and any(len(run.occurrences.get(name, ())) > 1 for name in names)
+
     def check_parents(self, run: Run | None, base: str, names: Sequence[str]) -> None:
         """Raise `InvalidRequest` when a new call of node `base` with these parents would be its own ancestor."""
         occurrences = run.occurrences.get(base, ()) if run is not None else ()

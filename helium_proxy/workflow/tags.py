@@ -208,11 +208,10 @@ def _baggage(value: str) -> Iterator[tuple[str, str]]:
 
 def read(body: Mapping[str, Any], headers: Mapping[str, str], settings: WorkflowSettings) -> Tags:
     """The tags of one request. Raises `InvalidRequest` in strict mode only."""
-    interesting = {
-        name: value
-        for name, value in headers.items()
-        if name in _INTERESTING or name.endswith(native_headers.GENERIC_SUFFIX)
-    }
+    names = headers.keys() & _INTERESTING
+    if native_headers.GENERIC_SUFFIX in ",".join(headers):
+        names |= {name for name in headers if name.endswith(native_headers.GENERIC_SUFFIX)}
+    interesting = {name: headers[name] for name in headers if name in names} if names else {}
     has_body = "helium" in body or "metadata" in body or "vllm_xargs" in body or "nvext" in body
     if not interesting and not has_body:
         return _NO_TAGS

@@ -145,7 +145,8 @@ class Workflows:
         home = self._runs.named(request.tenant, read, now)
         links: list[Link] = []
         if self.settings.inference and (read.parents is None or read.parents):
-            links = tenant.replies.match(prompt, home, read.workflow)
+            known = read.parents is not None and not self._runs.ambiguous(home, read.parents)
+            links = tenant.replies.match(prompt, home, read.workflow, prefix_only=known)
             if read.parents is None and prompt.previous is not None:
                 links = self._previous(tenant, prompt, home, links)
         if self.settings.strict and read.parents:
