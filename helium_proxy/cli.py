@@ -118,7 +118,7 @@ def workers(url: str, api_key: str | None) -> None:
     """List a running proxy's workers."""
     from helium_proxy.terminal import show_workers
 
-    _or_fail(lambda: show_workers(url, api_key))
+    show_workers(url, api_key)
 
 
 @main.command()
@@ -131,7 +131,22 @@ def runs(run: str | None, url: str, api_key: str | None, limit: int, workflow: s
     """List a running proxy's runs, or draw one as a DAG."""
     from helium_proxy.terminal import show_run, show_runs
 
-    _or_fail(lambda: show_run(url, api_key, run) if run else show_runs(url, api_key, limit=limit, workflow=workflow))
+    if run:
+        show_run(url, api_key, run)
+    else:
+        show_runs(url, api_key, limit=limit, workflow=workflow)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@_SERVER
+@_KEY
+@click.option("--analyze", is_flag=True, help="Run the workflow too, and show what happened beside the plan.")
+def explain(file: Path, url: str, api_key: str | None, analyze: bool) -> None:
+    """Show how a running proxy would execute a workflow FILE (JSON or YAML, as for POST /v1/workflows)."""
+    from helium_proxy import terminal
+
+    terminal.explain(url, api_key, file, analyze=analyze)
 
 
 @main.command()

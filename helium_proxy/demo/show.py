@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -88,13 +89,12 @@ def invitation(console: Console, port: int, model: str) -> None:
     base = f"http://127.0.0.1:{port}"
     own = "" if port == 8080 else f" --url {base}"
     console.print()
-    console.print(f"Serving on. The runs as graphs and timelines:  [b]{page(port)}[/]")
-    console.print(f"The same in the terminal:                      helium-proxy runs{own}")
-    console.print(
-        f"Your own agent:                                OPENAI_BASE_URL={base}/v1 OPENAI_API_KEY=none python …  "
-        f"(model {model!r})",
-        soft_wrap=True,
-    )
+    for what, how in (
+        ("Serving on: the runs as graphs and timelines", page(port)),
+        ("The same in the terminal", f"helium-proxy runs{own}"),
+        ("Your own agents", f"OPENAI_BASE_URL={base}/v1 OPENAI_API_KEY=none python …  (model {model!r})"),
+    ):
+        console.print(f"{what + ':':46} [b]{escape(how)}[/]", soft_wrap=True)
     console.print("Ctrl-C ends it.")
 
 
