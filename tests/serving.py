@@ -313,7 +313,7 @@ class Proxy:
 
 
 def http_client(url: str = "", **options: Any) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=1)  # vLLM: 5 s
     return httpx.AsyncClient(base_url=url, timeout=30, trust_env=False, verify=False, limits=limits, **options)
 
 

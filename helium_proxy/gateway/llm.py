@@ -243,14 +243,20 @@ class LlmRoutes:
             await send(message)
 
         try:
-            async with asyncio.timeout(timeout):
-                served = await self.calls.serve(ticket)
+            async with asyncio.timeout(timeout) as limit:
+                self._services.limits.add(limit)
                 try:
-                    await self._relay(ticket, served, noting)
+                    served = await self.calls.serve(ticket)
+                    try:
+                        await self._relay(ticket, served, noting)
+                    finally:
+                        served.close()
                 finally:
-                    served.close()
+                    self._services.limits.discard(limit)
         except TimeoutError:
             error: HeliumError = DeadlineExceeded(f"no complete answer within {timeout:g} s")
+            if self._services.cut:
+                error = Draining("the proxy shut down before the answer was complete", retry_after=1)
         except HeliumError as problem:
             error = problem
         except SendFailed as problem:

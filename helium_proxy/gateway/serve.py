@@ -57,8 +57,9 @@ class Server(uvicorn.Server):
             await asyncio.sleep(_POLL_S)
         if services.in_flight:
             log.warning("drain deadline passed", cut=services.in_flight)
+            services.cut_calls()
+            self.config.timeout_graceful_shutdown = 1  # what is not a call is cut by uvicorn
         self.should_exit = True
-        self.force_exit = bool(services.in_flight)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -75,6 +76,7 @@ async def serve(
 ) -> None:
     """Serves until a signal. `reload` is called on SIGHUP for new settings, of which workers and keys are taken over;
     `started` once the server listens. Raises ConfigError when the address cannot be had."""
+    Keyring(settings.auth)  # raises now rather than in the middle of start-up
     app = create_app(settings)
     config = uvicorn.Config(
         app,

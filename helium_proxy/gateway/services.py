@@ -66,12 +66,24 @@ class Services:
     """Asked to end: `/ready` fails, calls are still taken."""
     draining: bool = False
     """New calls are refused, those in flight are finished."""
+    limits: set[asyncio.Timeout] = field(default_factory=set)
+    """The deadline of each call being answered."""
+    cut: bool = False
+    """The drain's own deadline has passed."""
     owners: dict[str, str] = field(default_factory=dict)
     """Stored response id → the worker that has it; bounded by `note_owner`."""
     ids: dict[str, str] = field(default_factory=dict)
     """Request ids that clients chose, the newest; bounded likewise."""
     aliases: dict[str, str] = field(default_factory=dict)
     """Id a client was given for a reused response → the id its worker stored it under; bounded likewise."""
+
+    def cut_calls(self) -> None:
+        """Ends every call now, as its deadline would."""
+        self.cut = True
+        now = asyncio.get_running_loop().time()
+        for limit in self.limits:
+            if not limit.expired():
+                limit.reschedule(now)
 
     def unique(self, given: str) -> str:
         """`given` the first time, something of its own thereafter: clients pass one trace id on with many calls, and
