@@ -75,14 +75,21 @@ class Names(threading.Thread):
     def __init__(self, address: str) -> None:
         super().__init__(daemon=True)
         self.records: dict[str, str] = {}
+        self._open = True
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind((address, 53))
+        self._socket.settimeout(0.2)
+        try:
+            self._socket.bind((address, 53))
+        except OSError:
+            self._socket.close()
+            raise
 
     def run(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                query, client = self._socket.recvfrom(512)
-                self._socket.sendto(self.answer(query), client)
+        with self._socket:
+            while self._open:
+                with contextlib.suppress(TimeoutError):
+                    query, client = self._socket.recvfrom(512)
+                    self._socket.sendto(self.answer(query), client)
 
     def answer(self, query: bytes) -> bytes:
         labels, at = [], 12
@@ -100,7 +107,8 @@ class Names(threading.Thread):
         return head + question + records
 
     def close(self) -> None:
-        self._socket.close()
+        self._open = False
+        self.join()
 
 
 @dataclass
@@ -184,8 +192,8 @@ class Stack:
         _sh("ip", "addr", "add", f"{self._net}.1/24", "dev", self._bridge)
         _sh("ip", "link", "set", self._bridge, "up")
         self.names = Names(f"{self._net}.1")
-        self._stop.callback(self.names.close)
         self.names.start()
+        self._stop.callback(self.names.close)
         spec = load(self.environ)
         images = {"helium-proxy": own_image(), "prom/prometheus": PROMETHEUS}
         for service, wanted in spec["services"].items():

@@ -164,7 +164,8 @@ def test_flags_given_to_vllm_exist() -> None:
     found = sorted(ROOT.glob(".cache/vllm-venv-*/lib/python*/site-packages/vllm/engine/arg_utils.py"))
     if not found:
         pytest.skip("no vLLM is installed below .cache (tests/vllm/build_env.py)")
-    source = found[-1].read_text() + (found[-1].parents[1] / "entrypoints/openai/cli_args.py").read_text()
+    packages = found[-1].parents[1]
+    source = "".join(path.read_text() for path in [found[-1], *packages.glob("entrypoints/**/cli_args.py")])
     flags = set(re.findall(r"--([a-z-]+)", (DOCKER / "worker.sh").read_text())) - {"host", "port"}
     assert flags >= {"kv-transfer-config", "scheduling-policy"}
     for flag in flags:
