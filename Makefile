@@ -1,0 +1,77 @@
+# The project's commands. Each does the set-up it needs, from a clean clone on: a virtual environment in .venv from the
+# lock file, and whatever else is missing in .cache. `make help` lists them.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check format bench bench-quick docs lock clean
+MAKEFLAGS += --no-print-directory
+
+# A Python that is new enough and can make virtual environments; 3.11 first, since vLLM's CPU build is tested on it.
+# Another one: make PYTHON=/path/to/python3.12 …
+PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11)) or print(sys.executable)' \
+	2>/dev/null && break; done)
+
+BIN := .venv/bin
+ENV := .venv/.installed
+LOCK := .ci/requirements.txt
+
+help: ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r name what; do \
+		printf '  %-18s %s\n' "$$name" "$$what"; done
+	@echo "Arguments are passed on: make demo ARGS=--once, make test ARGS='-k radix -x'"
+
+setup: $(ENV) ## make the virtual environment
+
+demo: $(ENV) ## compare agents' calls made directly and through the proxy, then serve on
+	@$(BIN)/helium-proxy demo $(ARGS)
+
+serve: $(ENV) ## serve the proxy: make serve ARGS='--worker http://gpu-1:8000'
+	@$(BIN)/helium-proxy serve $(ARGS)
+
+test: $(ENV) engines frameworks ## run every test, those on two real vLLM CPU engines and on agent frameworks too
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(ENV) ## lint and check types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run docker/*.sh
+
+format: $(ENV) ## format the code
+	$(BIN)/ruff format
+
+bench: $(ENV) ## measure everything against the peers and write docs/benchmarks.md (hours)
+	$(BIN)/python -m benchmarks.build_peers
+	$(BIN)/python -m benchmarks.report --run full $(ARGS)
+
+bench-quick: $(ENV) ## a five-minute look at the same
+	$(BIN)/python -m benchmarks.build_peers
+	$(BIN)/python -m benchmarks.report --run quick $(ARGS)
+
+lock: $(ENV) ## renew the lock file from pyproject.toml
+	@printf 'hatchling>=1.25\neditables>=0.5\n' | $(BIN)/uv pip compile pyproject.toml - --extra dev --universal \
+		--python-version 3.11 --upgrade --no-emit-index-url --no-annotate --no-header --quiet --output-file $(LOCK)
+	@wc -l $(LOCK)
+
+clean: ## remove what was built (the environments in .cache, which take minutes, only with ALL=1)
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build $(if $(ALL),.cache)
+	find . -name __pycache__ -prune -not -path './.cache/*' -exec rm -rf {} +
+
+# -- set-up
+
+$(ENV): $(LOCK) pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo "helium-proxy needs Python 3.11 or newer with its venv module, and none of" \
+		"python3.11 … python3.14 is one. Debian: apt-get install python3-venv. Or: make PYTHON=/path/to/python" >&2; exit 1; fi
+	@echo "setting up .venv with $(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $(LOCK)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The real engines' and the frameworks' environments. Where one cannot be built, its tests are skipped and say why.
+.PHONY: engines frameworks
+engines: $(ENV)
+	@$(BIN)/python tests/vllm/build_env.py || echo "the tests on real vLLM engines will be skipped"
+
+frameworks: $(ENV)
+	@$(BIN)/python tests/frameworks/build_env.py || echo "the tests of those frameworks will be skipped"
