@@ -8,7 +8,7 @@ MAKEFLAGS += --no-print-directory
 # A Python that is new enough and can make virtual environments; 3.11 first, since vLLM's CPU build is tested on it.
 # Another one: make PYTHON=/path/to/python3.12 …
 PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
-	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11)) or print(sys.executable)' \
+	$$python -c 'import ensurepip, sys, venv; print(sys.executable) if sys.version_info >= (3, 11) else sys.exit(1)' \
 	2>/dev/null && break; done)
 
 BIN := .venv/bin
