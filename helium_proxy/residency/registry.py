@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,26 +97,26 @@ class Tokenizers:
                 log.warning("no tokenizer", model=model.id, worker=worker.id, error=repr(error))
 
     async def _load(self, worker: Worker, model: ModelInfo) -> None:
-        candidate: Tokenizer
         folder = worker.spec.tokenizer or model.root or ""
         if (model.id, folder) in self._tried:
             return
+        candidates: list[Tokenizer]
         if worker.facts.engine == "helium":
-            candidate = EngineTokenizer()
-        elif folder and Path(folder).is_dir():
-            candidate = LocalTokenizer(Path(folder))
+            candidates = [EngineTokenizer()]
         else:
+            candidates = await asyncio.to_thread(_local_tokenizers, folder)  # large ones take a second to load
+        if not candidates:
             return
         for messages in _PROBES:
             theirs = await self._ask(worker, model.id, messages)
             if theirs is None:
                 return  # no `/tokenize`, or no answer: tried again with the next worker
-            ours = candidate.request("/v1/chat/completions", {"messages": messages})
-            if list(ours) != theirs:
-                self._tried.add((model.id, folder))
-                log.warning("tokenizer differs from the worker's; prompts are hashed as text", model=model.id)
-                return
-        self._tokenizers[model.id] = candidate
+            candidates = [c for c in candidates if _tokens_of(c, messages) == theirs]
+        if not candidates:
+            self._tried.add((model.id, folder))
+            log.warning("tokenizer differs from the worker's; prompts are hashed as text", model=model.id)
+            return
+        self._tokenizers[model.id] = candidates[0]
         log.info("tokenizer verified", model=model.id, worker=worker.id)
 
     async def _ask(self, worker: Worker, model: str, messages: list[dict[str, Any]]) -> list[int] | None:
@@ -136,3 +137,17 @@ class Tokenizers:
             return None
         tokens = orjson.loads(payload).get("tokens")
         return tokens if isinstance(tokens, list) else None
+
+
+def _local_tokenizers(folder: str) -> list[Tokenizer]:
+    path = Path(folder)
+    if not folder or not path.is_dir():
+        return []
+    return [LocalTokenizer(path), LocalTokenizer(path, as_parts=True)]
+
+
+def _tokens_of(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int] | None:
+    try:
+        return list(tokenizer.request("/v1/chat/completions", {"messages": messages}))
+    except CannotTokenize:
+        return None

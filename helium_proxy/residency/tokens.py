@@ -49,9 +49,13 @@ _OWN_TEMPLATE = (
 
 
 class LocalTokenizer:
-    """The model folder's tokenizer and chat template. Raises OSError or ValueError when the folder has none."""
+    """The model folder's tokenizer and chat template. Raises OSError or ValueError when the folder has none.
 
-    def __init__(self, folder: Path, *, cache_tokens: int = 4_000_000) -> None:
+    `as_parts`: hand message contents to the template as lists of parts, as vLLM does with templates that loop over
+    them, rather than as one string. Which of the two the engine does is found by asking it (`registry.py`).
+    """
+
+    def __init__(self, folder: Path, *, as_parts: bool = False, cache_tokens: int = 4_000_000) -> None:
         self._encoder = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._encoder.no_truncation()
         self._encoder.no_padding()
@@ -61,7 +65,10 @@ class LocalTokenizer:
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")
             if (value := config.get(name)) is not None
         }
-        self._template = _compile(_template_source(folder, config))
+        source = _template_source(folder, config)
+        self._template = _compile(source)
+        self._as_parts = as_parts
+        self._knows_developers = "'developer'" in source or '"developer"' in source
         special = sorted(
             (t.content for t in self._encoder.get_added_tokens_decoder().values() if not (t.lstrip or t.rstrip)),
             key=len,
@@ -84,7 +91,7 @@ class LocalTokenizer:
             raise CannotTokenize(route)
         try:
             rendered = self._template.render(
-                messages=[_plain(m) for m in body["messages"]],
+                messages=self._messages(body["messages"]),
                 tools=_tools(body),
                 add_generation_prompt=body.get("add_generation_prompt", True),
                 **{**self._variables, **(body.get("chat_template_kwargs") or {})},
@@ -92,6 +99,14 @@ class LocalTokenizer:
         except (jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CannotTokenize(str(error)) from error
         return self._pieces(rendered)
+
+    def _messages(self, messages: list[Any]) -> list[dict[str, Any]]:
+        plain = [_plain(m, self._as_parts) for m in messages]
+        if not self._knows_developers and any(m["role"] == "developer" for m in plain):
+            if plain[0]["role"] != "developer" or any(m["role"] in ("system", "developer") for m in plain[1:]):
+                raise CannotTokenize("developer messages that the engine puts together")
+            plain[0]["role"] = "system"
+        return plain
 
     def text(self, text: str) -> array[int]:
         return array("I", self._encoder.encode(text, add_special_tokens=False).ids)
@@ -162,25 +177,50 @@ def _compile(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as vLLM hands it to the template: text parts joined by newlines, tool arguments parsed."""
-    plain = dict(message)
-    content = message.get("content")
-    if isinstance(content, list):
-        if any(part.get("type") not in ("text", "input_text", "output_text", "refusal") for part in content):
-            raise CannotTokenize("not only text")
-        plain["content"] = "\n".join(part.get("text") or part.get("refusal") or "" for part in content)
-    calls = message.get("tool_calls")
-    if calls:
-        plain["tool_calls"] = [_parsed(call) for call in calls]
+_TEXTS = ("text", "input_text", "output_text", "refusal")
+
+
+def _plain(message: Mapping[str, Any], as_parts: bool) -> dict[str, Any]:
+    """A message as vLLM hands it to the template: known fields alone, its content as parts or as one string (parts
+    joined by newlines), tool arguments parsed."""
+    role, content = message["role"], message.get("content")
+    parts = [] if content is None else [content] if isinstance(content, str) else content
+    texts = [t for t in map(_text_of, parts) if t]
+    if role == "system" and any(t.startswith("x-anthropic-billing-header") for t in texts):
+        raise CannotTokenize("the engine strips this header")
+    wrapped = as_parts and role != "tool"
+    plain: dict[str, Any] = {
+        "role": role,
+        "content": [{"type": "text", "text": t} for t in texts] if wrapped else "\n".join(texts),
+    }
+    if role == "assistant":
+        if calls := message.get("tool_calls"):
+            plain["tool_calls"] = [_parsed(call) for call in calls]
+        if (reasoning := message.get("reasoning")) is not None:
+            plain["reasoning"] = plain["reasoning_content"] = reasoning
+    if role == "tool" and "tool_call_id" in message:
+        plain["tool_call_id"] = message["tool_call_id"]
+    if isinstance(message.get("name"), str):
+        plain["name"] = message["name"]
     return plain
+
+
+def _text_of(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if part.get("type") not in _TEXTS:
+        raise CannotTokenize("not only text")
+    return part.get("text") or part.get("refusal") or ""
 
 
 def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
     function = dict(call.get("function") or {})
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        function["arguments"] = json.loads(arguments) if arguments else {}
+    if isinstance(arguments, str) or arguments is None:
+        try:
+            function["arguments"] = json.loads(arguments) if arguments else {}
+        except json.JSONDecodeError:
+            function["arguments"] = {}  # as the engine does, lest a conversation be lost to one bad call
     return {**call, "function": function}
 
 
