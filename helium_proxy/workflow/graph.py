@@ -59,6 +59,8 @@ class Call:
     children: list[Call] = field(default_factory=list)
     prompt: int = 0
     """Hash of the whole prompt."""
+    reply_id: str | None = None
+    """The response id its client saw, where that is another one."""
     retries: int = 0
     child_keys: dict[tuple[str, int], int] = field(default_factory=dict)
     """(base, iteration) → children of that key."""
@@ -191,9 +193,19 @@ class Run:
         self.key_counts[key] = self.key_counts.get(key, 0) + 1
 
     def forget(self, victim: Call) -> None:
-        """Drop a call and its edges."""
+        """Drop a call, its edges, and as much of the counts as is older than the calls still remembered."""
         del self.calls[victim.id]
         self.names.pop(victim.node, None)
+        if victim.reply_id is not None:
+            self.names.pop(victim.reply_id, None)
+        for name in [name for name, children in self.waiting.items() if victim in children]:
+            self.waiting[name].remove(victim)
+            if not self.waiting[name]:
+                del self.waiting[name]
+        bound = len(self.calls) + 1
+        for counts in (self.sibling_counts, self.key_counts, self.finished_keys, self.root_keys):
+            while len(counts) > bound:
+                counts.pop(next(iter(counts)))
         same = self.occurrences.get(victim.base)
         if same and victim in same:
             same.remove(victim)

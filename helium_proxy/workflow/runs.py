@@ -145,13 +145,13 @@ class Runs:
     def choose(
         self, request: CallRequest, read: Tags, base: str, home: Run | None, links: Sequence[Link], *, now: float
     ) -> Run:
-        """The run a call joins: the one named, else the oldest that its content shows, else a new one.
+        """The run a call joins: the one named, else the largest that its content shows, else a new one.
 
         Runs that content shows to be one are merged, unless tags tell them apart.
         """
         runs = list({link.parent.run.seq: link.parent.run for link in links}.values())
         if home is None and read.run is None and runs:
-            home = min(runs, key=lambda run: (not run.explicit, run.seq))
+            home = min(runs, key=lambda run: (not run.explicit, -len(run.calls), run.seq))
         if home is None:
             home = self._start(request, read, base, now)
         for run in runs:

@@ -284,6 +284,7 @@ class Workflows:
         call.first_token_at = outcome.first_token_at
         call.finished_at = now
         if outcome.reply_id and outcome.reply_id != call.id:
+            call.reply_id = outcome.reply_id
             run.names.setdefault(outcome.reply_id, call)
         if call.state == "done":
             key = (call.base, call.iteration)

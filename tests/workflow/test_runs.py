@@ -250,6 +250,30 @@ def test_names_and_placeholders_of_forgotten_runs_leave_too() -> None:
     assert len(driver.workflows._pending) == 0
 
 
+def test_a_run_that_never_ends_stays_bounded() -> None:
+    """A conversation of a thousand turns, with placeholders and reply ids of its own."""
+    driver = Driver(WorkflowSettings(max_calls_per_run=50, template_refresh_s=0))
+    before: str | None = None
+    for at in range(1_000):
+        parents = [before, f"never-{at}"] if before else []
+        call = driver.arrive([user(str(at))], run="r", node="turn", parents=parents)
+        driver.finish(call.call, "ok", reply_id=f"resp_{at}")
+        before = call.call
+    run = driver.workflows._runs.find("r")
+    assert run is not None
+    sizes = {
+        name: len(getattr(run, name))
+        for name in (
+            *("calls", "names", "waiting", "sibling_counts", "key_counts", "finished_keys", "root_keys"),
+            *("occurrences", "counts"),
+        )
+    }
+    assert max(sizes.values()) <= 101, sizes
+    assert len(run.occurrences["turn"]) == 50
+    assert driver.workflows.statistics().calls_kept == 50
+    assert driver.workflows.statistics().failures == 0
+
+
 def test_an_error_of_ours_costs_the_place_and_not_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver()
     monkeypatch.setattr(driver.workflows._messages, "read", lambda *_: 1 / 0)
