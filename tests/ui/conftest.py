@@ -11,8 +11,9 @@ from .chromium import WINDOW, Complaints, chromium, served
 from .fixture import Fixture
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Of a module, not of the session: while Playwright's own event loop runs no asynchronous test can."""
     with chromium() as running:
         yield running
 
