@@ -187,6 +187,7 @@ class VllmEngine(EngineClient):
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": str(self._core),
             "PYTHONHASHSEED": "0",
+            "PYTHONDONTWRITEBYTECODE": "",  # else an environment installed without bytecode compiles it every time
             "PYTHONPATH": str(build_env.ROOT),  # for helium_proxy.vllm_plugin
             **self._env,
         }
