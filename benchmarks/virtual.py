@@ -8,11 +8,15 @@ What is not simulated: HTTP, the client's and the proxy's own CPU time.
 from __future__ import annotations
 
 import asyncio
+import random
 import selectors
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from benchmarks.minimum import minimum_tokens
 from benchmarks.workloads.base import Call, Roles, Run, Sizes, Workload
@@ -24,6 +28,8 @@ from helium_proxy.engine import EngineConfig, Request, Scheduler, Tokenizer, blo
 from helium_proxy.residency.chain import token_chain
 from helium_proxy.types import CallRequest, Outcome
 from helium_proxy.workflow import Workflows, WorkflowSettings
+
+_WORDS = (Path(__file__).parent / "workloads" / "words.txt").read_text().split()
 
 
 class _NoSelector(selectors.SelectSelector):
@@ -249,8 +255,8 @@ class Simulation:
 
     def _reply(self, tokens: array[int], call: Call) -> str:
         """A reply of exactly `max_tokens` tokens that the prompt decides."""
-        seed = hash(tokens.tobytes())
-        return " ".join(f"w{(seed >> (i % 40)) & 0xFFFF ^ i:x}" for i in range(call.max_tokens))
+        words = random.Random(xxhash.xxh3_64_intdigest(tokens.tobytes())).choices(_WORDS, k=call.max_tokens)
+        return " ".join(words)
 
     # -- a batch
 
@@ -310,6 +316,3 @@ def _match(chain: Sequence[int], tree: set[int]) -> int:
             break
         count += 1
     return count
-
-
-Make = Callable[[], Simulation]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from helium_proxy import metrics
-from helium_proxy.dispatch.policy import decide, next_decision
+from helium_proxy.dispatch.policy import decide
 from helium_proxy.dispatch.settings import DispatchSettings
 from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall, WorkerState
 from helium_proxy.errors import ModelNotFound, NoWorker, QueueFull
@@ -44,7 +44,6 @@ class Dispatcher:
         self.state = DispatchState(settings)
         self._waiting: dict[str, asyncio.Future[Assignment]] = {}  # call → its caller
         self._pump_due = False
-        self._timer: asyncio.TimerHandle | None = None
         self._came_up = asyncio.Event()  # set, and replaced, whenever a worker changed
         self._decisions = 0
         self._slowest = 0.0
@@ -168,10 +167,6 @@ class Dispatcher:
             self._pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
 
-    def _on_timer(self) -> None:
-        self._timer = None
-        self._pump()
-
     def _pump(self) -> None:
         self._pump_due = False
         if not self.state.queues:
@@ -189,10 +184,6 @@ class Dispatcher:
         self._decisions += 1
         self._slowest = max(self._slowest, took)
         metrics.DECIDE_SECONDS.observe(took)
-        due = next_decision(self.state, self._clock())
-        if due is not None and self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(max(0.001, due - self._clock()), self._on_timer)
         for assignment in assignments:
             metrics.PLACEMENTS.labels(assignment.worker, assignment.reason).inc()
             future = self._waiting.get(assignment.call.id)
@@ -202,22 +193,25 @@ class Dispatcher:
                 future.set_result(assignment)
 
     def _decide_blindly(self) -> list[Assignment]:
-        """What `decide` would do if nothing were known: a bug in the policy must not cost an answer."""
+        """What `decide` would do if nothing were known: a bug in the policy must not cost an answer. Everybody who
+        waits gets a worker, those too whom the failed decision had already taken out of the queue."""
         now = self._clock()
-        assignments: list[Assignment] = []
-        for model, queue in list(self.state.queues.items()):
-            workers = [w for w in self.state.serving(model) if w.open]
-            for call in list(queue) if workers else []:
-                worker = min(workers, key=lambda w: len(w.running))
-                queue.remove(call)
-                blind = QueuedCall(
-                    call.id, model, call.tenant, (), call.block_size, call.prompt_tokens, call.output_tokens, now
-                )
-                assignment = Assignment(blind, worker.id, 0, "least-loaded", 0, now, 0.0, 0.0)
-                worker.running[call.id] = assignment
-                assignments.append(assignment)
-            if not queue:
-                self.state.queues.pop(model, None)
+        queued = {call.id: call for queue in self.state.queues.values() for call in queue}
+        assignments = [
+            running
+            for worker in self.state.workers.values()
+            for running in worker.running.values()
+            if running.call.id in self._waiting and not self._waiting[running.call.id].done()
+        ]
+        for call in queued.values():
+            workers = [w for w in self.state.serving(call.model) if w.open]
+            if not workers or not self.state.withdraw(call):
+                continue
+            worker = min(workers, key=lambda w: len(w.running))
+            blind = replace(call, chain=(), hits={})
+            assignment = Assignment(blind, worker.id, 0, "least-loaded", 0, now, 0.0, 0.0)
+            worker.running[call.id] = assignment
+            assignments.append(assignment)
         return assignments
 
     def _retry_after(self) -> float:

@@ -20,10 +20,6 @@ from __future__ import annotations
 from helium_proxy.dispatch.settings import DispatchSettings
 from helium_proxy.dispatch.state import Assignment, DispatchState, Queue, QueuedCall, Reason, WorkerState
 
-_PACE_SLACK_S = 0.01
-_PACED_BACKLOG = 0.5
-"""Pacing begins when the queue is longer than this many times what the workers can run at once."""
-
 
 def decide(state: DispatchState, now: float) -> list[Assignment]:
     """Assigns what can start now; the assigned calls have left the queue and are running in `state`.
@@ -41,14 +37,6 @@ def decide(state: DispatchState, now: float) -> list[Assignment]:
     return assignments
 
 
-def next_decision(state: DispatchState, now: float) -> float | None:
-    """When `decide` should be asked again though nothing happens: when a worker's even pace allows another call."""
-    if not state.queues or not state.settings.smoothing:
-        return None
-    due = [w.next_admission - _PACE_SLACK_S for w in state.workers.values() if w.running]
-    return min((at for at in due if at > now), default=None)
-
-
 def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState], now: float) -> list[Assignment]:
     settings = state.settings
     assignments: list[Assignment] = []
@@ -60,7 +48,7 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
         if not head:
             break
         for call in head:
-            worker, reason = _choose(state, call, workers, promised, full, now)
+            worker, reason = _choose(state, call, workers, promised, full)
             if worker is None:
                 skip += 1
                 if len(full) == len(workers):
@@ -69,7 +57,7 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
             assignment = _assign(call, worker, reason, now)
             queue.remove(call)
             queue.charge(call, assignment.work_s)
-            worker.admit(assignment, settings)
+            worker.admit(assignment)
             assignments.append(assignment)
     return assignments
 
@@ -80,17 +68,12 @@ def _choose(
     workers: list[WorkerState],
     promised: dict[str, float],
     full: set[str],
-    now: float,
 ) -> tuple[WorkerState | None, Reason]:
     """Where `call` starts now; None: it waits (noted in `promised` and `full`)."""
     settings = state.settings
     allowed = [w for w in workers if w.id not in call.exclude] or workers
     worker, reason = _place(state, call, allowed, promised)
-    if (
-        worker.id not in full
-        and worker.has_room(call, settings)
-        and not _too_soon(state, call, worker, len(workers), now)
-    ):
+    if worker.id not in full and worker.has_room(call, settings):
         return worker, reason
     full.add(worker.id)
     idle = _idle(call, allowed, settings)
@@ -98,20 +81,6 @@ def _choose(
         return idle, "idle"
     promised[worker.id] += _work(call, worker)
     return None, reason
-
-
-def _too_soon(state: DispatchState, call: QueuedCall, worker: WorkerState, workers: int, now: float) -> bool:
-    """Whether an even pace would have `call` wait, where the queue is long enough for pace to matter.
-
-    Calls admitted together are prefilled together, which stalls whoever decodes, and finish together: the engine
-    then alternates between prefill and decode instead of doing both in the same step. Spread over their duration,
-    as many run at a time, and prompts are computed in steps that decoding pays for anyway.
-    """
-    settings = state.settings
-    if not settings.smoothing or worker.capacity is None or worker.next_admission <= now + _PACE_SLACK_S:
-        return False
-    fit = settings.kv_share * worker.capacity / max(1, worker.needed_blocks(call))
-    return len(state.queues[call.model]) > _PACED_BACKLOG * fit * workers
 
 
 def _place(

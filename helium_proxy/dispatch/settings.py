@@ -19,16 +19,15 @@ class DispatchSettings(BaseModel):
         "run", description="`run`: older runs first, within a run the longest remaining path. `fifo`: by arrival."
     )
     admission: bool = Field(True, description="Hold calls back so that engines keep their own queues short.")
-    kv_share: float = Field(
-        0.5, gt=0, le=1, description="Share of a worker's KV that running calls may fill; the rest keeps prefixes."
+    kv_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of a worker's KV that running calls may fill; the rest keeps prefixes. By default it is "
+        "adapted: less where prefixes are evicted that come back, more where the batch would be too small.",
     )
     max_running: int = Field(256, ge=1, description="Calls at once on one worker.")
     default_running: int = Field(32, ge=1, description="The same, for a worker whose KV capacity is not known.")
-    smoothing: bool = Field(
-        True,
-        description="Under a long queue, admit calls evenly over the time they take, so that prompts are computed "
-        "beside other calls' decoding and not all at once, stalling it.",
-    )
     recompute_weight: float = Field(
         4.0, ge=0, description="How many times its own cost a recomputed token counts: it also evicts another."
     )

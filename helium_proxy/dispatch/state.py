@@ -27,6 +27,12 @@ GroupKey = tuple[str, str]
 
 _RUNS_REMEMBERED = 100_000
 _GROUPS_REMEMBERED = 10_000
+_STEP_S = 0.01
+"""A decode step's least duration, seconds: about the same on an accelerator (reading the weights) and a CPU."""
+_LEAST_SHARE, _FIRST_SHARE = 0.4, 0.5
+_RISE, _FALL = 0.02, 0.05
+"""Of the share, per call: what is lost by too large a batch shows late, so growth is slow."""
+_SMOOTH = 0.1
 UNBOUNDED_BLOCKS = 1 << 20
 """The mirror's size for a worker whose KV capacity is not known."""
 
@@ -95,8 +101,14 @@ class WorkerState:
     running: dict[str, Assignment] = field(default_factory=dict)
     backlog_s: float = 0.0
     """Sum of `work_s` of what runs."""
-    next_admission: float = 0.0
-    """When the next call may be admitted at an even pace."""
+    share: float = _FIRST_SHARE
+    """Of the KV, what running calls may fill; see `_adapt`."""
+    evicted_tokens: float = 0.0
+    """Mean over recent calls: prompt tokens to compute that had been resident here and were evicted."""
+    batch: float = 1.0
+    """Mean number of calls running, as recent ones were admitted."""
+    output: float = 0.0
+    """Mean of their expected output tokens."""
     version: int = 0
     """Increases when blocks may have become resident or been lost."""
 
@@ -134,19 +146,32 @@ class WorkerState:
             return running < settings.default_running
         if running >= settings.max_running:
             return False
-        return self.residency.used + self.needed_blocks(call) <= settings.kv_share * self.capacity
+        share = settings.kv_share or self.share
+        return self.residency.used + self.needed_blocks(call) <= share * self.capacity
 
-    def admit(self, assignment: Assignment, settings: DispatchSettings) -> None:
+    def admit(self, assignment: Assignment) -> None:
         call = assignment.call
-        if self.capacity is not None:
-            # A call that takes 1/n of the room for d seconds: n of them at an even pace come d/n apart.
-            share = self.needed_blocks(call) / (settings.kv_share * self.capacity)
-            self.next_admission = max(self.next_admission, assignment.started_at) + share * assignment.predicted_s
+        self._adapt(call)
         self.residency.admit(call.id, call.chain, self.anonymous_blocks(call))
         self.running[call.id] = assignment
         self.backlog_s += assignment.work_s
         self.version += 1
         self.rates.started(assignment.started_at)
+
+    def _adapt(self, call: QueuedCall) -> None:
+        """Moves `share` to where the next call gains as much from a larger batch as it loses in prefixes.
+
+        The decode steps of a call are shared by the batch: it pays output · step / batch for them. Against this
+        stands the prefill of what had been resident and is gone. On an accelerator a step costs as much as hundreds
+        of prefilled tokens, and the batch wins; on a CPU the prefixes do.
+        """
+        gone = self.residency.evicted(call.chain) * call.block_size
+        self.evicted_tokens += _SMOOTH * (gone - self.evicted_tokens)
+        self.batch += _SMOOTH * (len(self.running) + 1 - self.batch)
+        self.output += _SMOOTH * (call.output_tokens - self.output)
+        loss = self.rates.work(self.evicted_tokens, 0)
+        gain = self.output * _STEP_S / self.batch
+        self.share = min(1.0, self.share + _RISE) if gain >= loss else max(_LEAST_SHARE, self.share - _FALL)
 
     def release(self, call: str, extension: Chain = ()) -> Assignment | None:
         """The call no longer runs here; None when it was not known (the worker was cleared meanwhile)."""

@@ -44,6 +44,7 @@ class WorkerResidency:
         self._held: dict[str, tuple[Chain, int]] = {}  # call → its chain, and its anonymous blocks
         self._anonymous = 0  # sum of the latter
         self._pins: dict[str, Chain] = {}  # pin's name → its blocks
+        self._ghosts: OrderedDict[int, None] = OrderedDict()  # evicted, at most `capacity` of them, oldest first
 
     def __repr__(self) -> str:
         return (
@@ -90,6 +91,11 @@ class WorkerResidency:
             else:
                 high = middle
         return low
+
+    def evicted(self, chain: Chain) -> int:
+        """Blocks of `chain` that were resident not long ago and are not now."""
+        ghosts = self._ghosts
+        return sum(block in ghosts for block in chain[self.match(chain) :])
 
     def admit(self, call: str, chain: Chain, anonymous: int) -> int:
         """A call begins: holds its chain and `anonymous` further blocks, evicting what is in the way. Returns the
@@ -161,6 +167,7 @@ class WorkerResidency:
         self._free.clear()
         self._held.clear()
         self._pins.clear()
+        self._ghosts.clear()
         self._anonymous = 0
 
     def resize(self, capacity: int) -> None:
@@ -170,11 +177,12 @@ class WorkerResidency:
     # -- the pool's mechanics
 
     def _hold(self, chain: Chain) -> None:
-        refs, free = self._refs, self._free
+        refs, free, ghosts = self._refs, self._free, self._ghosts
         for block in chain:
             count = refs.get(block)
             if count is None:
                 free.pop(block, None)
+                ghosts.pop(block, None)
                 refs[block] = 1
             else:
                 refs[block] = count + 1
@@ -190,8 +198,11 @@ class WorkerResidency:
                 free[block] = None  # at the recent end, tail before head
 
     def _evict(self) -> None:
-        free = self._free
+        free, ghosts = self._free, self._ghosts
         over = len(self._refs) + self._anonymous + len(free) - self.capacity
         while over > 0 and free:
-            free.popitem(last=False)
+            block, _ = free.popitem(last=False)
+            ghosts[block] = None
             over -= 1
+        while len(ghosts) > self.capacity:
+            ghosts.popitem(last=False)
