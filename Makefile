@@ -12,7 +12,8 @@ PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3.14 pyth
 	2>/dev/null && break; done)
 
 BIN := .venv/bin
-ENV := .venv/.installed
+RUN := .venv/.run
+ENV := .venv/.dev
 LOCK := .ci/requirements.txt
 
 help: ## list the commands
@@ -22,10 +23,10 @@ help: ## list the commands
 
 setup: $(ENV) ## make the virtual environment
 
-demo: $(ENV) ## compare agents' calls made directly and through the proxy, then serve on
+demo: $(RUN) ## compare agents' calls made directly and through the proxy, then serve on
 	@$(BIN)/helium-proxy demo $(ARGS)
 
-serve: $(ENV) ## serve the proxy: make serve ARGS='--worker http://gpu-1:8000'
+serve: $(RUN) ## serve the proxy: make serve ARGS='--worker http://gpu-1:8000'
 	@$(BIN)/helium-proxy serve $(ARGS)
 
 test: $(ENV) engines frameworks ## run every test, those on two real vLLM CPU engines and on agent frameworks too
@@ -59,13 +60,20 @@ clean: ## remove what was built (the environments in .cache, which take minutes,
 
 # -- set-up
 
-$(ENV): $(LOCK) pyproject.toml
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --no-build-isolation
+
+$(RUN): pyproject.toml $(LOCK)
 	@if [ -z "$(PYTHON)" ]; then echo "helium-proxy needs Python 3.11 or newer with its venv module, and none of" \
 		"python3.11 … python3.14 is one. Debian: apt-get install python3-venv. Or: make PYTHON=/path/to/python" >&2; exit 1; fi
-	@echo "setting up .venv with $(PYTHON)"
+	@echo "setting up .venv with $(PYTHON), about a minute"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $(LOCK)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(PIP) --constraint $(LOCK) hatchling editables
+	@$(PIP) --constraint $(LOCK) --editable '.[demo]'
+	@touch $@
+
+$(ENV): $(RUN)
+	@echo "installing what development and tests need as well"
+	@$(PIP) --no-deps --requirement $(LOCK)
 	@touch $@
 
 # The real engines' and the frameworks' environments. Where one cannot be built, its tests are skipped and say why.
