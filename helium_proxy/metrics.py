@@ -101,7 +101,7 @@ FINISH_RATIO = _histogram(
 QUEUED = _gauge("helium_queue_calls", "Calls waiting for a worker.", ["model"])
 PLACEMENTS = _counter(
     "helium_placements_total",
-    "Placement decisions by reason: prefix, balance, group, only, plan, retry, random.",
+    "Placement decisions by reason: prefix, balance, state, only, idle, round-robin, least-loaded.",
     ["worker", "reason"],
 )
 RETRIES = _counter("helium_retries_total", "Calls sent again before their first byte, by reason.", ["reason"])

@@ -96,12 +96,14 @@ def _place(
     if call.prefer is not None:
         for worker in workers:
             if worker.id == call.prefer:
-                return worker, "plan"
+                return worker, "state"
     best, best_cost, most = workers[0], float("inf"), 0
     for worker in workers:
         hit = worker.hit(call)
         uncached = call.prompt_tokens - hit * call.block_size
         cost = worker.backlog_s + promised[worker.id] + settings.recompute_weight * worker.rates.work(uncached, 0)
+        if worker.id == call.suggestion:
+            cost -= worker.rates.work(call.prompt_tokens, 0)
         if cost < best_cost:
             best, best_cost = worker, cost
         most = max(most, hit)

@@ -16,9 +16,11 @@ from helium_proxy.dispatch.settings import DispatchSettings
 from helium_proxy.residency.index import Chain, WorkerResidency
 from helium_proxy.types import Hints
 
-Reason = Literal["only", "prefix", "balance", "plan", "idle", "round-robin", "least-loaded"]
-"""Why a call went where it went: the only worker; where its prefix is; away from it, to balance; where the plan said;
-to an idle worker though its prefix is elsewhere; or by an ablation's rule."""
+Reason = Literal[
+    "only", "state", "prefix", "balance", "idle", "round-robin", "least-loaded"
+]  # fmt: skip
+"""Why a call went where it went: the only worker; the one with the state it continues; where its prefix is; away from
+it, to balance; to an idle worker though its prefix is elsewhere; or by an ablation's rule."""
 
 Rank = tuple[int, float, int, float, int]
 """See `DispatchState._rank`."""
@@ -55,7 +57,9 @@ class QueuedCall:
     group: str = ""
     """The workflow it belongs to: groups of a tenant take turns, so that a large one never starves a small one."""
     prefer: str | None = None
-    """Where a submitted plan would have it."""
+    """The worker that holds what it continues; none other can serve it."""
+    suggestion: str | None = None
+    """Where a submitted plan has placed it: a preference, given up where it costs more than its own prefill."""
     exclude: frozenset[str] = frozenset()
     """Workers that failed it."""
     # -- the dispatcher's own notes

@@ -24,9 +24,11 @@ from helium_proxy.gateway.admin import admin_routes
 from helium_proxy.gateway.auth import Keyring
 from helium_proxy.gateway.llm import PLANNED, LlmRoutes
 from helium_proxy.gateway.models import model_routes
+from helium_proxy.gateway.port import plan_deps
 from helium_proxy.gateway.run_metrics import RunMetrics
 from helium_proxy.gateway.services import Background, Services
 from helium_proxy.gateway.tracing import make_tracer
+from helium_proxy.gateway.workflows import workflow_routes
 from helium_proxy.planner.estimate import Estimator
 from helium_proxy.residency.registry import Tokenizers
 from helium_proxy.reuse import Coalescer, build_cache
@@ -131,6 +133,9 @@ def _mount(app: FastAPI, services: Services) -> None:
     routes[:0] = [Route(path, Endpoint(llm.planned), methods=["POST"]) for path in sorted(PLANNED)]
     app.include_router(model_routes(services))
     app.include_router(admin_routes(services))
+    plans = plan_deps(services, llm)
+    services.closers.append(plans.close)
+    app.include_router(workflow_routes(plans))
     routes.extend(ui_routes())
     for path in ("/v1/{rest:path}", "/tokenize", "/detokenize", "/rerank", "/score", "/v2/rerank", "/pooling"):
         routes.append(Route(path, Endpoint(llm.direct)))
@@ -172,6 +177,8 @@ def _gauges(services: Services) -> None:
 
 
 async def _close(services: Services) -> None:
+    for close in services.closers:
+        await close()
     await services.background.close()
     if services.coalescer is not None:
         await services.coalescer.aclose()

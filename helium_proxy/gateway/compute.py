@@ -78,6 +78,7 @@ class Computer:
             salt=ticket.salt,
             group=ticket.arrival.template if ticket.arrival else "",
             prefer=ticket.prefer,
+            suggestion=ticket.suggestion,
         )
         ticket.planned_at = services.clock()
         failure: HeliumError | None = None
@@ -99,7 +100,7 @@ class Computer:
                 answer = await exchange.open()
             except SendFailed as error:
                 failure = UpstreamFailed(f"worker {worker.id} gave no answer ({error.kind})")
-                reason, free = error.kind, error.kind != "timeout"
+                reason, free = str(error.kind), error.kind != "timeout"
             else:
                 if answer.status not in _RETRIED or not self._may_retry(ticket, call, worker):
                     return answer

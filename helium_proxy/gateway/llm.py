@@ -176,9 +176,10 @@ class LlmRoutes:
         arrived: float,
         *,
         hints: Hints | None = None,
-        prefer: str | None = None,
+        suggestion: str | None = None,
     ) -> Ticket:
-        """The call of a parsed request. Raises InvalidRequest for bad tags in strict mode only."""
+        """The call of a parsed request; `suggestion` is where a submitted plan would have it. Raises InvalidRequest
+        for bad tags in strict mode only."""
         services, settings = self._services, self._services.settings
         given = headers.get("x-request-id") or body.get("request_id")
         safe = isinstance(given, str) and _SAFE_ID.match(given)
@@ -213,8 +214,7 @@ class LlmRoutes:
         if isinstance(previous, str):
             ticket.previous = services.aliases.get(previous)
             ticket.prefer = services.owners.get(ticket.previous or previous)
-        else:
-            ticket.prefer = prefer
+        ticket.suggestion = suggestion
         if settings.auth.salt_tenants:
             own, tenant = body.get("cache_salt"), principal.tenant
             ticket.salt = f"{len(tenant)}:{tenant}" + (f":{own}" if isinstance(own, str) else "")

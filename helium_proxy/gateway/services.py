@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,8 @@ class Services:
     background: Background
     tracer: Tracer = field(default_factory=NullTracer)
     # -- state
+    closers: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    """Called first when the application ends."""
     in_flight: int = 0
     """Requests being answered."""
     stopping: bool = False

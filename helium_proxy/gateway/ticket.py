@@ -35,6 +35,9 @@ class Ticket:
     arrival: Arrival | None = None
     hints: Hints = field(default_factory=Hints)
     prefer: str | None = None
+    """The worker that holds what the call continues: it goes there and nowhere else."""
+    suggestion: str | None = None
+    """The worker a submitted plan has placed it on."""
     previous: str | None = None
     """The id under which the worker knows the response that the body's `previous_response_id` names, if another."""
     control: CacheControl = field(default_factory=CacheControl)

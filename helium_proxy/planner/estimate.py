@@ -14,7 +14,7 @@ from helium_proxy.residency.tokens import CannotTokenize, prompt_pieces
 from helium_proxy.types import CallRequest, Hints
 
 _INLINE_CHARS = 8_192
-"""Prompts up to this length are encoded on the event loop; longer ones in a thread (the encoder lets go of the lock)."""
+"""Longer prompts are encoded in a thread: the encoder lets go of the interpreter's lock."""
 
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
@@ -36,6 +36,7 @@ class Estimator:
         salt: str = "",
         group: str = "",
         prefer: str | None = None,
+        suggestion: str | None = None,
     ) -> QueuedCall:
         """`salt` separates prompts that must not share blocks (the tenant's, where tenants are isolated)."""
         model, body = request.model, request.body
@@ -73,6 +74,7 @@ class Estimator:
             hints=hints,
             group=group,
             prefer=prefer,
+            suggestion=suggestion,
         )
 
     def measured(self, call: QueuedCall, request: CallRequest, prompt_tokens: int) -> None:
