@@ -38,12 +38,12 @@ _H100 = replace(
     options=EngineOptions(profile="h100-8b", block_size=16, kv_events=True),
     sizes="P1",
     batches=(
-        ("map_reduce", 256),
-        ("debate", 256),
-        ("reflection", 320),
-        ("iterative", 256),
-        ("parallel_chains", 48),
-        ("trading", 16),
+        ("map_reduce", 128),
+        ("debate", 128),
+        ("reflection", 160),
+        ("iterative", 128),
+        ("parallel_chains", 24),
+        ("trading", 12),
     ),
     kv_divisor=6.0,
     decode_cost=3.0,
@@ -119,8 +119,15 @@ CAMPAIGNS: dict[str, Campaign] = {
     "one_worker": _ONE_WORKER,
 }
 
-FULL = ("vllm", "vllm_embedded", "h100", "two_day", "one_worker")
-"""What ``--run full`` measures; ``--run publish`` measures every campaign."""
+_SHORT = ("rr", "sglang", "vllm-router", "helium", "helium-plan")
+FULL: dict[str, Campaign] = {
+    "vllm": replace(_VLLM, systems=_SHORT, scale=0.25),
+    "vllm_embedded": replace(_VLLM_EMBEDDED, scale=0.25),
+    "h100": replace(_H100, systems=_SHORT[1:-1], repeats=3),
+    "two_day": replace(_TWO_DAY, systems=_SHORT[1:-1], scale=0.25),
+    "one_worker": _ONE_WORKER,
+}
+"""What ``--run full`` measures in half an hour; ``--run publish`` takes every campaign at its whole length."""
 
 
 def quick() -> dict[str, Campaign]:

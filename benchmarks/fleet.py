@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from helium_proxy.dispatch.policy import decide, next_decision
+from helium_proxy.dispatch.policy import decide
 from helium_proxy.dispatch.settings import DispatchSettings
 from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall, WorkerState
 from helium_proxy.engine import EngineConfig, Request, Scheduler
@@ -367,12 +367,6 @@ class Fleet:
             call = self._calls[assignment.call.id]
             call.assignment = assignment
             self._send(assignment.call.id, call, int(assignment.worker), assignment.engine_priority)
-        due = next_decision(self._state, self.now)
-        if due is not None:
-            self._at(max(due, self.now + 1e-3), self._decide_later)
-
-    def _decide_later(self) -> None:
-        self._decide_due = True
 
     def _pick(self, chain: Sequence[int]) -> int:
         if self._system == "rr":

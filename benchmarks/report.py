@@ -10,13 +10,14 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from . import campaigns, overhead, sections, sections_sim, tables
+from . import campaigns, overhead, sections, sections_sim, simulate, tables
 from .campaign import RESULTS, execute, save
 from .process import ROOT, stop_on_sigterm
 from .stats import Measurement
@@ -100,38 +101,41 @@ def load() -> sections.Results:
     }
 
 
-def measure(kind: str, console: Console) -> None:
-    """Make the measurements of `kind` and save them."""
-    chosen = campaigns.CAMPAIGNS
-    if kind == "quick":
-        chosen = campaigns.quick()
-    elif kind == "full":
-        chosen = {name: chosen[name] for name in campaigns.FULL}
-    for name, campaign in chosen.items():
+def measure(kind: str, only: Sequence[str] | None, console: Console) -> None:
+    """Make the measurements of `kind`, or those of them that `only` names, and save them."""
+    campaign_sets = {"quick": campaigns.quick(), "full": campaigns.FULL, "publish": campaigns.CAMPAIGNS}
+    for name, campaign in campaign_sets[kind].items():
+        if only is not None and name not in only:
+            continue
         console.rule(name)
         result = asyncio.run(execute(campaign, console, partial(save, name=name)))
         tables.show(console, [Measurement(**m) for m in result["measurements"]])
         for note in result["notes"]:
             console.print(f"[yellow]{note}")
         save(result, name)
-    console.rule("overhead")
-    names = ["direct", "bare", "helium", "vllm-router", *(["litellm"] if kind != "quick" else [])]
-    repeats, seconds = (1, 2.0) if kind == "quick" else (3, 4.0)
-    found = asyncio.run(overhead.run(names, repeats, seconds, console))
-    overhead.show(console, found)
-    if kind != "quick":
-        save(found, "overhead")
+    if only is None or "overhead" in only:
+        console.rule("overhead")
+        names = ["direct", "bare", "helium", "vllm-router", *(["litellm"] if kind != "quick" else [])]
+        repeats, seconds = (1, 2.0) if kind == "quick" else (3, 3.0)
+        found = asyncio.run(overhead.run(names, repeats, seconds, console))
+        overhead.show(console, found)
+        if kind != "quick":
+            save(found, "overhead")
+    if kind != "quick" and (only is None or "simulate" in only):
+        console.rule("simulate")
+        save(simulate.run(console, runs=32 if kind == "full" else 64, calls=100_000, limit_s=120.0), "simulate")
 
 
 @click.command()
 @click.option("--run", "kind", type=click.Choice(["full", "quick", "publish"]), help="Measure first.")
-def main(kind: str | None) -> None:
+@click.option("--only", help="Comma list of campaigns: measure these alone ('overhead' is one).")
+def main(kind: str | None, only: str | None) -> None:
     """Regenerate the report; with --run, measure first."""
     stop_on_sigterm()
     console = Console(width=None if sys.stdout.isatty() else 190)
     began = time.monotonic()
     if kind is not None:
-        measure(kind, console)
+        measure(kind, only.split(",") if only else None, console)
     DOCUMENT.write_text(render(load()))
     relative: Path = DOCUMENT.relative_to(ROOT)
     console.print(f"wrote {relative} after {time.monotonic() - began:.0f} s")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from statistics import median
@@ -172,6 +173,22 @@ def fleet_of_64(console: Console, calls: int, limit_s: float) -> dict[str, Any]:
     return results
 
 
+def run(
+    console: Console, *, runs: int, calls: int, limit_s: float, parts: Sequence[str] = ("sweeps", "decide", "fleet")
+) -> dict[str, Any]:
+    """The result file's content."""
+    result: dict[str, Any] = {"base": {"workers": _WORKERS, "runs": runs, "shape": "trading", "sizes": "P1"}}
+    if "sweeps" in parts:
+        sweeps = Sweeps(console, runs)
+        sweeps.run_all()
+        result["points"] = sweeps.points
+    if "decide" in parts:
+        result["decide"] = decide_cost(console)
+    if "fleet" in parts:
+        result["fleet"] = fleet_of_64(console, calls, limit_s)
+    return result
+
+
 @click.command()
 @click.option("--runs", default=_RUNS, help="Runs at the base point.")
 @click.option("--calls", default=1_000_000, help="Of the large fleet.")
@@ -181,16 +198,7 @@ def fleet_of_64(console: Console, calls: int, limit_s: float) -> dict[str, Any]:
 def main(runs: int, calls: int, limit: float, parts: str, out: str | None) -> None:
     """Run the sweeps."""
     console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
-    result: dict[str, Any] = {"base": {"workers": _WORKERS, "runs": runs, "shape": "trading", "sizes": "P1"}}
-    wanted = parts.split(",")
-    if "sweeps" in wanted:
-        sweeps = Sweeps(console, runs)
-        sweeps.run_all()
-        result["points"] = sweeps.points
-    if "decide" in wanted:
-        result["decide"] = decide_cost(console)
-    if "fleet" in wanted:
-        result["fleet"] = fleet_of_64(console, calls, limit)
+    result = run(console, runs=runs, calls=calls, limit_s=limit, parts=parts.split(","))
     if out:
         console.print(f"saved {save(result, out)}")
 
