@@ -62,7 +62,7 @@ def make_entry(
     usage = usage if isinstance(usage, dict) else {}
     body = {k: v for k, v in answer.items() if k not in _OWN and k not in _TRANSFER}
     return Entry(
-        body=orjson.dumps(body),
+        body=bytes(memoryview(orjson.dumps(body))),  # a copy: orjson's own bytes keep a buffer of at least 4 kB
         own=tuple(name for name in _OWN if name in answer),
         route=route,
         tenant=tenant,
