@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -105,7 +106,9 @@ class Worker:
 
 # -- reading what the engine says
 
-_SAMPLE = re.compile(rb"^([a-zA-Z_:][\w:]*)(?:\{([^}]*)\})? ([-+0-9.eEnaNIif]+)", re.MULTILINE)
+_SAMPLE = re.compile(
+    rb"""^([a-zA-Z_:][\w:]*)(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})? ([-+]?[0-9][0-9.eE+-]*)""", re.MULTILINE
+)
 _LABEL = re.compile(rb'(\w+)="((?:[^"\\]|\\.)*)"')
 _WANTED = {
     b"vllm:num_requests_running": "running",
@@ -130,6 +133,8 @@ def read_metrics(facts: Facts, text: bytes, spec: WorkerSpec) -> Facts:
         key = _WANTED.get(name)
         if key is not None:
             number = float(value)
+            if not math.isfinite(number):
+                continue
             sums[key] = max(sums.get(key, 0.0), number) if key == "kv_usage" else sums.get(key, 0.0) + number
         elif name == b"vllm:cache_config_info":
             info = dict(_LABEL.findall(labels or b""))
