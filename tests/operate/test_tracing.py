@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from serving import Stack, until
 
 from helium_proxy.gateway.tracing import NullTracer, OtelTracer, make_tracer, run_ids
 from helium_proxy.types import Arrival, Outcome
@@ -25,7 +26,7 @@ class Clock:
 class Traced:
     """A tracer on a clock of the test's, and the spans it has exported."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, real: bool = False, **options: Any) -> None:
         sdk = pytest.importorskip("opentelemetry.sdk.trace", reason="the extra otel is not installed")
         from opentelemetry.sdk.trace.export import SimpleSpanProcessor
         from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -34,7 +35,9 @@ class Traced:
         provider = sdk.TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.clock = Clock()
-        self.tracer = OtelTracer(provider, clock=self.clock, wall_ns=lambda: WALL, **options)
+        if not real:
+            options |= {"clock": self.clock, "wall_ns": lambda: WALL}
+        self.tracer = OtelTracer(provider, **options)
 
     def spans(self) -> dict[str, Any]:
         return {span.name: span for span in self.exporter.get_finished_spans()}
@@ -166,3 +169,20 @@ def test_switched_on_it_sends_to_the_endpoint() -> None:
     tracer = make_tracer(enabled=True, endpoint="http://127.0.0.1:9/v1/traces")
     assert isinstance(tracer, OtelTracer)
     assert tracer.call(arrival(), {}).traceparent() is not None
+
+
+async def test_through_the_proxy_a_call_is_traced_and_the_worker_gets_its_header(stack: Stack) -> None:
+    traced = Traced(real=True)
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    proxy.services.tracer = traced.tracer
+    tags = {"workflow": "trading", "run": "e2e", "node": "bull", "final": True}
+    assert (await proxy.chat("hello", helium=tags)).status_code == 200
+    sent = next(seen for seen in worker.seen if seen.path.endswith("/completions")).headers["traceparent"]
+    await until(lambda: "run trading" in traced.spans(), what="the run's end")
+    spans = traced.spans()
+    assert set(spans) == {"run trading", "call bull", "plan", "queue", "upstream"}
+    assert sent.split("-")[1:3] == [f"{run_ids('e2e')[0]:032x}", f"{spans['call bull'].context.span_id:016x}"]
+    parts = [spans[name] for name in ("plan", "queue", "upstream")]
+    assert [part.start_time for part in parts] == sorted(part.start_time for part in parts)
+    assert spans["call bull"].start_time <= parts[0].start_time

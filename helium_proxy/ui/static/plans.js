@@ -115,7 +115,8 @@ function planPane() {
 
 function describe(rewrite) {
   const nodes = Object.entries(rewrite.nodes).map(([node, count]) => `${node} × ${count}`).join(", ");
-  return [rewrite.dropped ? `${rewrite.dropped} dropped` : "", rewrite.fetched ? `${rewrite.fetched} fetched from the prompt cache` : "", nodes ? `(${nodes})` : ""].filter(Boolean).join(", ");
+  const done = [rewrite.dropped ? `${rewrite.dropped} dropped` : "", rewrite.fetched ? `${rewrite.fetched} fetched from the prompt cache` : ""].filter(Boolean).join(", ");
+  return nodes ? `${done} (${nodes})` : done;
 }
 
 const kindOf = (operator) => operator.actual?.fate ?? (operator.cache_fetch ? "hit" : operator.actual?.started_s != null && operator.actual.finished_s == null ? "running" : "queued");
