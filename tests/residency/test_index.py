@@ -69,10 +69,12 @@ def test_pins_hold_until_unpinned_or_replaced() -> None:
     assert index.pins() == {"p": 1}
     index.admit("a", (), 3)
     assert index.match(chain("x", "y")) == 0
-    index.finish("a")
+    assert index.match(chain("z")) == 1
     index.unpin("p")
     index.unpin("never was")
-    assert index.used == 0
+    index.finish("a")
+    index.admit("b", (), 3)
+    assert index.match(chain("z")) == 0
 
 
 def test_a_wrong_belief_is_corrected() -> None:
@@ -88,7 +90,8 @@ def test_after_a_restart_nothing_is_left() -> None:
     index.admit("a", chain(*"xy"), 2)
     index.pin("p", chain("x"))
     index.clear()
-    assert index.used == index.resident == 0
+    assert index.used == index.match(chain(*"xy")) == 0
+    assert not index.pins()
     index.finish("a")
     assert index.used == 0
 
@@ -118,13 +121,11 @@ class Mirror(RuleBasedStateMachine):
         self.capacity = 12
         self.index = WorkerResidency(self.capacity)
         self.running: dict[str, tuple[tuple[int, ...], int]] = {}
-        self.pinned: dict[str, tuple[int, ...]] = {}
         self.free: list[int] = []  # least recent first
         self.count = 0
 
     def held(self) -> set[int]:
-        chains = [c for c, _ in self.running.values()] + list(self.pinned.values())
-        return {block for c in chains for block in c}
+        return {block for blocks, _ in self.running.values() for block in blocks}
 
     def settle(self, released: tuple[int, ...] = ()) -> None:
         held = self.held()
@@ -161,19 +162,6 @@ class Mirror(RuleBasedStateMachine):
         call = data.draw(st.sampled_from(sorted(self.running)))
         blocks, _ = self.running.pop(call)
         self.index.finish(call)
-        self.settle(blocks)
-
-    @rule(blocks=chains, name=st.sampled_from("pq"))
-    def pin(self, blocks: tuple[int, ...], name: str) -> None:
-        before = self.pinned.get(name, ())
-        self.pinned[name] = blocks
-        self.index.pin(name, blocks)
-        self.settle(before)
-
-    @rule(name=st.sampled_from("pq"))
-    def unpin(self, name: str) -> None:
-        blocks = self.pinned.pop(name, ())
-        self.index.unpin(name)
         self.settle(blocks)
 
     @rule(capacity=st.integers(1, 20))
