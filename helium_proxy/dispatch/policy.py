@@ -17,7 +17,6 @@ Cost model after the paper's section on cost-based scheduling (token usage and p
 
 from __future__ import annotations
 
-from helium_proxy.dispatch.settings import DispatchSettings
 from helium_proxy.dispatch.state import Assignment, DispatchState, Queue, QueuedCall, Reason, WorkerState
 
 
@@ -41,46 +40,37 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
     settings = state.settings
     assignments: list[Assignment] = []
     promised = dict.fromkeys((w.id for w in workers), 0.0)  # engine seconds meant for a worker, still waiting
-    full: set[str] = set()  # workers that have no room for the call that is next there: nobody passes it
-    skip = 0  # calls at the head that wait
-    while len(full) < len(workers):
-        head = queue.head(settings.window)[skip:]
+    # Workers that may take more. One leaves when the call that is next there does not fit: nobody passes it.
+    roomy = {w.id: w for w in workers if not w.saturated(settings)}
+    waiting = 0  # calls at the head that were looked at and wait
+    while roomy and waiting < settings.window:
+        head = queue.head(settings.window)[waiting:]
         if not head:
             break
         for call in head:
-            worker, reason = _choose(state, call, workers, promised, full)
-            if worker is None:
-                skip += 1
-                if len(full) == len(workers):
-                    break
-                continue
+            allowed = [w for w in workers if w.id not in call.exclude] or workers if call.exclude else workers
+            worker, reason = _place(state, call, allowed, promised)
+            if worker.id not in roomy or not worker.has_room(call, settings):
+                roomy.pop(worker.id, None)
+                promised[worker.id] += _work(call, worker)
+                idle = [w for w in roomy.values() if not w.running and w in allowed]
+                if not idle:
+                    waiting += 1
+                    if not roomy:
+                        break
+                    continue
+                promised[worker.id] -= _work(call, worker)
+                worker, reason = max(idle, key=lambda w: w.hit(call)), "idle"
             assignment = _assign(call, worker, reason, now)
             queue.remove(call)
             queue.charge(call, assignment.work_s)
             worker.admit(assignment)
             assignments.append(assignment)
+            if worker.saturated(settings):
+                roomy.pop(worker.id, None)
+                if not roomy:
+                    break
     return assignments
-
-
-def _choose(
-    state: DispatchState,
-    call: QueuedCall,
-    workers: list[WorkerState],
-    promised: dict[str, float],
-    full: set[str],
-) -> tuple[WorkerState | None, Reason]:
-    """Where `call` starts now; None: it waits (noted in `promised` and `full`)."""
-    settings = state.settings
-    allowed = [w for w in workers if w.id not in call.exclude] or workers
-    worker, reason = _place(state, call, allowed, promised)
-    if worker.id not in full and worker.has_room(call, settings):
-        return worker, reason
-    full.add(worker.id)
-    idle = _idle(call, allowed, settings)
-    if idle is not None:
-        return idle, "idle"
-    promised[worker.id] += _work(call, worker)
-    return None, reason
 
 
 def _place(
@@ -97,23 +87,19 @@ def _place(
         for worker in workers:
             if worker.id == call.prefer:
                 return worker, "state"
-    best, best_cost, most = workers[0], float("inf"), 0
-    for worker in workers:
-        hit = worker.hit(call)
-        uncached = call.prompt_tokens - hit * call.block_size
-        cost = worker.backlog_s + promised[worker.id] + settings.recompute_weight * worker.rates.work(uncached, 0)
-        if worker.id == call.suggestion:
-            cost -= worker.rates.work(call.prompt_tokens, 0)
+    best, best_cost, best_hit, most = workers[0], float("inf"), 0, 0
+    prompt, size, weight, known = call.prompt_tokens, call.block_size, settings.recompute_weight, call.hits
+    for worker in workers:  # the hot loop of every decision
+        name = worker.id
+        seen = known.get(name)
+        hit = seen[1] if seen is not None and seen[0] == worker.version else worker.hit(call)
+        cost = worker.backlog_s + promised[name] + weight * (prompt - hit * size) * worker.rates.prefill_s
+        if name == call.suggestion:
+            cost -= prompt * worker.rates.prefill_s
         if cost < best_cost:
-            best, best_cost = worker, cost
+            best, best_cost, best_hit = worker, cost, hit
         most = max(most, hit)
-    return best, "prefix" if most and best.hit(call) == most else "balance"
-
-
-def _idle(call: QueuedCall, workers: list[WorkerState], settings: DispatchSettings) -> WorkerState | None:
-    """A worker with nothing at all to do, the one with the most of the call's prefix."""
-    idle = [w for w in workers if not w.running and w.has_room(call, settings)]
-    return max(idle, key=lambda w: w.hit(call)) if idle else None
+    return best, "prefix" if most and best_hit == most else "balance"
 
 
 def _work(call: QueuedCall, worker: WorkerState) -> float:

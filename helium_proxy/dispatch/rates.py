@@ -32,7 +32,7 @@ class Rates:
 
     def __init__(self) -> None:
         # -- state
-        self._prefill_s = PRIOR_PREFILL_S
+        self.prefill_s = PRIOR_PREFILL_S  # engine seconds per prompt token computed
         self._decode_s = PRIOR_DECODE_S
         self._step_s = 4 * PRIOR_DECODE_S  # seconds between two tokens of one call
         # Normal equations of the fit, decayed by _FORGET a window; the prior enters as one weak window.
@@ -46,18 +46,18 @@ class Rates:
         self._since = 0.0  # when `_running` last became or was accounted as non-zero
 
     def __repr__(self) -> str:
-        return f"<Rates prefill={1 / self._prefill_s:.0f}/s decode={1 / self._decode_s:.0f}/s>"
+        return f"<Rates prefill={1 / self.prefill_s:.0f}/s decode={1 / self._decode_s:.0f}/s>"
 
     def statistics(self) -> RateStatistics:
-        return RateStatistics(1 / self._prefill_s, 1 / self._decode_s, 1 / self._step_s, self._windows)
+        return RateStatistics(1 / self.prefill_s, 1 / self._decode_s, 1 / self._step_s, self._windows)
 
     def work(self, prompt_tokens: float, output_tokens: float) -> float:
         """Engine seconds to prefill `prompt_tokens` and decode `output_tokens` within a full batch."""
-        return prompt_tokens * self._prefill_s + output_tokens * self._decode_s
+        return prompt_tokens * self.prefill_s + output_tokens * self._decode_s
 
     def duration(self, prompt_tokens: float, output_tokens: float) -> float:
         """Seconds one call takes from start to end at the usual load."""
-        return prompt_tokens * self._prefill_s + output_tokens * self._step_s
+        return prompt_tokens * self.prefill_s + output_tokens * self._step_s
 
     def started(self, now: float) -> None:
         if self._running == 0:
@@ -72,7 +72,7 @@ class Rates:
         self._prompt += prompt_tokens
         self._output += output_tokens
         if output_tokens >= 4:
-            step = max(1e-5, (took_s - prompt_tokens * self._prefill_s) / output_tokens)
+            step = max(1e-5, (took_s - prompt_tokens * self.prefill_s) / output_tokens)
             self._step_s += 0.1 * (step - self._step_s)
         if self._busy >= _MIN_WINDOW_S and self._prompt + self._output > 0:
             self._fit(self._prompt, self._output, self._busy)
@@ -105,7 +105,7 @@ class Rates:
         prefill = (b1 * a22 - b2 * a12) / determinant
         decode = (a11 * b2 - a12 * b1) / determinant
         floor = 1e-7
-        self._prefill_s = max(floor, prefill)
+        self.prefill_s = max(floor, prefill)
         self._decode_s = max(floor, decode)
 
     def _scale(self, prompt: float, output: float, seconds: float) -> float:

@@ -32,7 +32,7 @@ class DispatchSettings(BaseModel):
         4.0, ge=0, description="How many times its own cost a recomputed token counts: it also evicts another."
     )
     max_queue: int = Field(10_000, ge=1, description="Calls waiting at the most; further ones are answered 429.")
-    window: int = Field(128, ge=1, description="Calls at the head of the queue that one decision looks at.")
+    window: int = Field(48, ge=1, description="Calls at the head of the queue that one decision looks at.")
     no_worker_wait_s: float = Field(
         10.0, ge=0, description="How long a call waits for a worker of its model to come up before 503."
     )

@@ -141,6 +141,14 @@ class WorkerState:
         """Blocks that running `call` takes from what is left: those no running call holds already."""
         return len(call.chain) - self.residency.match_held(call.chain) + self.anonymous_blocks(call)
 
+    def saturated(self, settings: DispatchSettings) -> bool:
+        """Whether no call at all would fit."""
+        running = len(self.running)
+        if not settings.admission or running == 0 or self.capacity is None:
+            return running >= (settings.max_running if self.capacity or not running else settings.default_running)
+        share = settings.kv_share or self.share
+        return running >= settings.max_running or self.residency.used >= share * self.capacity
+
     def has_room(self, call: QueuedCall, settings: DispatchSettings) -> bool:
         """Whether the worker has room to run `call`: within the share of KV meant for running calls, or idle."""
         running = len(self.running)
