@@ -271,7 +271,7 @@ def _session(headers: Mapping[str, str], settings: WorkflowSettings, reader: _Re
         session.workflow,
     ):
         if value is not None and (len(value) > settings.max_tag_chars or _CONTROL.search(value)):
-            reader.ignored.append(session.client)
+            reader.ignored.append("session")
             return None
     return session
 

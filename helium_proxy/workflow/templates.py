@@ -11,7 +11,7 @@ from helium_proxy.workflow.store import TemplateStore
 from helium_proxy.workflow.template import Template
 
 _log = logging.getLogger(__name__)
-_SAVES_PER_TICK = 4
+_SAVES_PER_TICK = 2
 
 
 class Templates:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,9 @@ class WorkflowStatistics:
     edges_inferred: int
     tag_conflicts: int
     tags_ignored: int
+    conflicts_by_field: Mapping[str, int]
+    ignored_by_field: Mapping[str, int]
+    """A field of `tags.FIELDS`, an alias's, or `session` for unusable session headers."""
     failures: int
     """Calls that could not be placed because of an error of ours."""
     replies: int
@@ -96,6 +99,8 @@ class Workflows:
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
         self._pending: dict[str, tuple[Message, ...]] = {}  # call in flight → its prompt
         self._bodies: OrderedDict[tuple[Any, ...], str] = OrderedDict()  # what a retry repeats → its first call
+        self._conflicts: Counter[str] = Counter()  # by field, of which there are a fixed few
+        self._ignored: Counter[str] = Counter()
         self._counts: dict[str, int] = dict.fromkeys(
             (
                 "calls",
@@ -103,8 +108,6 @@ class Workflows:
                 "edges_tag",
                 "edges_native",
                 "edges_inferred",
-                "tag_conflicts",
-                "tags_ignored",
                 "failures",
             ),
             0,
@@ -132,8 +135,9 @@ class Workflows:
 
     def _arrive(self, request: CallRequest, now: float) -> Arrival:
         read = tags.read(request.body, request.headers, self.settings)
-        self._counts["tag_conflicts"] += len(read.conflicts)
-        self._counts["tags_ignored"] += len(read.ignored)
+        if read.conflicts or read.ignored:
+            self._conflicts.update(read.conflicts)
+            self._ignored.update(read.ignored)
         prompt = self._messages.read(request.tenant, request.route, request.model, request.body, now)
         if "x-stainless-retry-count" in request.headers and (
             again := self._retried(request, (prompt.whole, read.run, read.node), now)
@@ -226,10 +230,13 @@ class Workflows:
                 if not found and not (
                     name not in (call.base, call.id) and run.wait(name, call, self.settings.max_placeholders)
                 ):
-                    self._counts["tags_ignored"] += 1
+                    self._ignored["parents"] += 1
                 for parent in found:
                     linked = run.link(parent, call, "data", "tag", shown.get(parent.id, False))
-                    self._counts["edges_tag" if linked else "tags_ignored"] += 1
+                    if linked:
+                        self._counts["edges_tag"] += 1
+                    else:
+                        self._ignored["parents"] += 1
         spawner = self._runs.spawner(call, read)
         if spawner is not None and run.link(spawner, call, "spawn", "native"):
             self._counts["edges_native"] += 1
@@ -395,6 +402,10 @@ class Workflows:
         """Counts and sizes."""
         return WorkflowStatistics(
             **self._counts,
+            tag_conflicts=self._conflicts.total(),
+            tags_ignored=self._ignored.total(),
+            conflicts_by_field=dict(self._conflicts),
+            ignored_by_field=dict(self._ignored),
             **self._runs.sizes,
             replies=sum(len(tenant.replies) for tenant in self._tenants.values()),
             messages=len(self._messages),

@@ -87,4 +87,4 @@ def test_switched_off() -> None:
 def test_a_hostile_session_id_is_ignored() -> None:
     read = tags.read({}, {"x-session-id": "s" * 1_000}, WorkflowSettings())
     assert read.session is None
-    assert read.ignored == ("opencode",)
+    assert read.ignored == ("session",)

@@ -124,6 +124,7 @@ def test_strict_reaches_the_caller_of_arrive_and_lenient_is_counted() -> None:
     driver.arrive([user("x")], headers={"x-helium-run": "b"}, run="a")
     statistics = driver.workflows.statistics()
     assert (statistics.tags_ignored, statistics.tag_conflicts, statistics.failures) == (1, 1, 0)
+    assert statistics.ignored_by_field == statistics.conflicts_by_field == {"run": 1}
 
 
 def test_strip_removes_ours_and_nothing_else() -> None:
