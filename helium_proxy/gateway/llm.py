@@ -200,7 +200,7 @@ class LlmRoutes:
             try:
                 ticket.arrival = services.workflows.arrive(request, arrived)
                 ticket.hints = ticket.arrival.hints
-                ticket.trace = services.tracer.call(ticket.arrival, headers)
+                ticket.trace = services.tracer.call(ticket.arrival, headers, arrived)
                 if (traceparent := ticket.trace.traceparent()) is not None:
                     sent["traceparent"] = traceparent
             except HeliumError:

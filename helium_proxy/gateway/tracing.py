@@ -45,8 +45,8 @@ class CallTrace(Protocol):
 class Tracer(Protocol):
     """What the gateway holds."""
 
-    def call(self, arrival: Arrival, request_headers: Mapping[str, str]) -> CallTrace:
-        """A span for a call that has just arrived. Header names in lower case."""
+    def call(self, arrival: Arrival, request_headers: Mapping[str, str], now: float | None = None) -> CallTrace:
+        """A span for a call that arrived at `now` (None: just so). Header names in lower case."""
 
     def end_run(self, run: str) -> None:
         """The run has ended; unknown runs are ignored."""
@@ -74,7 +74,7 @@ class _NullCall:
 class NullTracer:
     """Traces nothing; a client's valid ``traceparent`` is handed on as it is."""
 
-    def call(self, arrival: Arrival, request_headers: Mapping[str, str]) -> CallTrace:
+    def call(self, arrival: Arrival, request_headers: Mapping[str, str], now: float | None = None) -> CallTrace:
         given = request_headers.get("traceparent")
         return _NullCall(given if given is not None and _TRACEPARENT.fullmatch(given) else None)
 
@@ -147,8 +147,8 @@ class OtelTracer:
         """`now` as Unix nanoseconds."""
         return int(now * 1e9) + self._offset_ns
 
-    def call(self, arrival: Arrival, request_headers: Mapping[str, str]) -> CallTrace:
-        start = self.at(self._clock())
+    def call(self, arrival: Arrival, request_headers: Mapping[str, str], now: float | None = None) -> CallTrace:
+        start = self.at(self._clock() if now is None else now)
         given = request_headers.get("traceparent")
         if given is not None and _TRACEPARENT.fullmatch(given):
             parent = self._propagator.extract(dict(request_headers))
