@@ -218,6 +218,7 @@ def _passthrough(settings: Settings) -> Settings:
             "workflow": settings.workflow.model_copy(
                 update={"inference": False, "templates": False, "lookahead": False}
             ),
+            "pool": settings.pool.model_copy(update={"probe": False, "kv_events": False}),
             "reuse": settings.reuse.model_copy(update={"enabled": False, "coalesce": False}),
             "directives": settings.directives.model_copy(
                 update={"pins": False, "prewarm": False, "lookahead": False}
@@ -251,8 +252,9 @@ def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
     for name in environ:
         if name.startswith(PREFIX) and name not in keys and name not in sections:
             near = difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
-            if near:
-                raise ConfigError(f"environment variable {name} is no setting; did you mean {near[0]}?")
+            if near or DELIMITER in name:  # what has neither may be another program's
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"environment variable {name} is no setting{hint}")
     try:
         return dict(_Environment(environ)())
     except Exception as error:
@@ -284,7 +286,7 @@ def _explain(error: ValidationError) -> str:
         lines.append(f"{where}: {problem['msg']}")
         if problem["type"] == "extra_forbidden":
             last = str(problem["loc"][-1])
-            near = difflib.get_close_matches(last, [k.rsplit(".", 1)[-1] for k in known_keys()], n=1, cutoff=0.5)
-            if near:
-                lines[-1] = f"{where} is no setting; did you mean {near[0]}?"
+            names = [*WorkerSpec.model_fields, *ApiKey.model_fields, *(k.rsplit(".", 1)[-1] for k in known_keys())]
+            near = difflib.get_close_matches(last, names, n=1, cutoff=0.5)
+            lines[-1] = f"{where} is no setting" + (f"; did you mean {near[0]}?" if near else "")
     return "; ".join(lines)
