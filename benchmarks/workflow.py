@@ -4,7 +4,8 @@
 
 Five kinds of 4 kB calls, all with 14 ordinary headers: *fresh* (every character never seen before), *agent* (a
 known system prompt of half the size, the rest new and quoting an earlier reply), *turn* (a conversation grown by
-one turn), *tagged* (as agent, with workflow, run, node and parents) and *same* (one body over and over). Prints microseconds of CPU per call, garbage collection included.
+one turn), *tagged* (as agent, with workflow, run, node and parents) and *same* (one body over and
+over). Prints microseconds of CPU per call, garbage collection included.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ HEADERS = {
     "host": "proxy", "accept": "application/json", "content-type": "application/json", "user-agent": "OpenAI/Python",
     "x-stainless-lang": "python", "x-stainless-package-version": "1", "x-stainless-os": "Linux",
     "x-stainless-arch": "x64", "x-stainless-runtime": "CPython", "x-stainless-runtime-version": "3.11",
-    "x-stainless-retry-count": "0", "x-stainless-read-timeout": "600", "content-length": "4096", "accept-encoding": "gzip",
+    "x-stainless-retry-count": "0", "x-stainless-read-timeout": "600", "content-length": "4096",
+    "accept-encoding": "gzip",
 }  # fmt: skip
 
 
@@ -70,9 +72,6 @@ def main() -> None:
         now = count / 100.0
         begun = time.thread_time()
         arrival = workflows.arrive(request, now)
-        middle = time.thread_time()
-        workflows.started(arrival.call, "w", now)
-        begun += time.thread_time() - middle
         workflows.finished(arrival.call, outcome, now + 0.005)
         took = time.thread_time() - begun
         replies.append(reply)
@@ -122,11 +121,11 @@ def main() -> None:
         "tagged": tagged,
         "same": same,
     }
-    print(f"{'call':8} {'p50 µs':>8} {'p90 µs':>8} {'p99 µs':>8} {'max µs':>8}")
+    print("| call | p10 | p50 | p90 | p99 |\n|---|---|---|---|---|")
     for name, kind in kinds.items():
         took = [kind() for _ in range(chosen.calls)]
-        figures = (percentile(took, share) for share in (0.5, 0.9, 0.99))
-        print(f"{name:8} {' '.join(f'{figure:8.0f}' for figure in figures)} {max(took):8.0f}")
+        figures = (f"{percentile(took, share):.0f}" for share in (0.1, 0.5, 0.9, 0.99))
+        print(f"| {name} | {' | '.join(figures)} |")
     print(workflows.statistics())
 
 

@@ -87,8 +87,9 @@ class Forecast:
             self._nodes[key] = _Node(stats, self._edges(stats, template), group=stats.group())
             if stats.output.n and key[1] >= self._bases.get(key[0], ROOT)[1]:
                 self._bases[key[0]] = key
-        # Compiling costs by the node, and matters less once runs have confirmed what is known.
-        self.keep = max(len(self._order) / 32, 1.0) * (1.0 if template.runs < 5 else 8.0)
+        # Compiling costs by the edge, and matters less once runs have confirmed what is known.
+        edges = sum(len(node.edges) for node in self._nodes.values())
+        self.keep = max(edges / 64, 1.0) * (1.0 if template.runs < 5 else 8.0)
         self._link()
         self._chains()
 

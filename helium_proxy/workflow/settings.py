@@ -49,7 +49,7 @@ class WorkflowSettings(BaseModel):
     template_refresh_s: float = Field(
         0.25,
         ge=0,
-        description="Least time between two compilations of a live template, per 32 nodes; after 5 runs 8 times it.",
+        description="Least time between two compilations of a live template, per 64 edges; after 5 runs 8 times it.",
     )
     save_interval_s: float = Field(
         5.0, ge=0, description="Least time between two writes of one template to the store."

@@ -117,8 +117,18 @@ def answer(texts: Sequence[str], roles: Sequence[str], body: Mapping[str, Any]) 
         return Answer(tool=names[usable[0]], arguments=_arguments(tools[usable[0]], seed))
     if final is not None:
         return Answer(tool=names[final], arguments=_arguments(tools[final], seed))
-    text = _critique(texts, seed) if speaker == "Critic" else prose(f"{speaker} {seed}", 5)
+    text = _critique(texts, seed) if speaker == "Critic" else _polite(prose(f"{speaker} {seed}", 5))
     return Answer(text=_form(text, seed, texts, body))
+
+
+def _polite(text: str) -> str:
+    """`text` between the phrases that chat models begin and end with, whatever they say."""
+    dice = random.Random(text)
+    begin = dice.choice(("Certainly! Here is what I found on the matter.", "I'd be happy to help with this request."))
+    end = dice.choice(
+        ("Let me know if you would like me to go into more detail.", "I hope that this answers your question.")
+    )
+    return f"{begin} {text}\n\n{end}"
 
 
 def _critique(texts: Sequence[str], seed: str) -> str:
