@@ -104,6 +104,8 @@ class Calls:
         to_stream = from_stream
         if head.status == 200:
             to_stream = ticket.stream
+        if head.status == 200 and not (seat.leads and not from_stream and not to_stream):
+            # (A leader's JSON body is its own already.)
             chunks = retell(
                 chunks,
                 route=ticket.request.route,

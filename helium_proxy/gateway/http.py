@@ -24,6 +24,8 @@ _NOT_RELAYED = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te", "content-length", "date", "server"}
 )
 
+_WATCH_AFTER_S = 0.02
+
 
 def header_map(scope: Scope) -> dict[str, str]:
     """Request headers, names in lower case; repeated ones joined as RFC 9110 allows."""
@@ -101,10 +103,14 @@ async def send_stream(send: Send, status: int, headers: RawHeaders, chunks: Asyn
 
 
 async def while_connected(receive: Receive, work: Callable[[], Awaitable[object]]) -> None:
-    """Runs `work` and cancels it as soon as the client goes away. Raises ClientGone in that case."""
+    """Runs `work` and cancels it as soon as the client goes away. Raises ClientGone in that case.
+
+    A client is watched from `_WATCH_AFTER_S` on: an answer that comes sooner costs no task to watch for its reader.
+    """
     task = asyncio.current_task()
     assert task is not None
     gone = False
+    watcher: asyncio.Task[None] | None = None
 
     async def watch() -> None:
         nonlocal gone
@@ -114,7 +120,11 @@ async def while_connected(receive: Receive, work: Callable[[], Awaitable[object]
         gone = True
         task.cancel()
 
-    watcher = asyncio.ensure_future(watch())
+    def begin() -> None:
+        nonlocal watcher
+        watcher = asyncio.ensure_future(watch())
+
+    timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_S, begin)
     try:
         await work()
     except asyncio.CancelledError:
@@ -123,4 +133,6 @@ async def while_connected(receive: Receive, work: Callable[[], Awaitable[object]
             raise ClientGone("the client left") from None
         raise
     finally:
-        watcher.cancel()
+        timer.cancel()
+        if watcher is not None:
+            watcher.cancel()
