@@ -96,9 +96,6 @@ class Dispatcher:
         if not ok:
             worker.rates.abandoned(now)
             return
-        if cached_tokens is not None and cached_tokens + call.block_size <= assignment.cached_tokens:
-            worker.residency.correct(call.chain, cached_tokens // call.block_size)
-            worker.version += 1
         computed = computed_tokens if computed_tokens is not None else call.prompt_tokens - assignment.cached_tokens
         output = call.output_tokens if output_tokens is None else output_tokens
         worker.rates.finished(max(0, computed), output, now - assignment.started_at, now)

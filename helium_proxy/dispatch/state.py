@@ -60,6 +60,8 @@ class QueuedCall:
     """The worker that holds what it continues; none other can serve it."""
     suggestion: str | None = None
     """Where a submitted plan has placed it: a preference, given up where it costs more than its own prefill."""
+    exact: bool = False
+    """Whether `chain` is of the token ids that the engine computes with."""
     exclude: frozenset[str] = frozenset()
     """Workers that failed it."""
     # -- the dispatcher's own notes
@@ -164,7 +166,7 @@ class WorkerState:
     def admit(self, assignment: Assignment) -> None:
         call = assignment.call
         self._adapt(call)
-        self.residency.admit(call.id, call.chain, self.anonymous_blocks(call))
+        self.residency.admit(call.id, call.chain, self.anonymous_blocks(call), exact=call.exact)
         self.running[call.id] = assignment
         self.backlog_s += assignment.work_s
         self.version += 1

@@ -22,6 +22,7 @@ from helium_proxy.dispatch.dispatcher import Dispatcher
 from helium_proxy.errors import HeliumError, InvalidRequest, NotFound, Unauthorized
 from helium_proxy.gateway.admin import admin_routes
 from helium_proxy.gateway.auth import Keyring
+from helium_proxy.gateway.events import EventFeeds
 from helium_proxy.gateway.llm import PLANNED, LlmRoutes
 from helium_proxy.gateway.models import model_routes
 from helium_proxy.gateway.port import plan_deps
@@ -34,6 +35,7 @@ from helium_proxy.residency.registry import Tokenizers
 from helium_proxy.reuse import Coalescer, build_cache
 from helium_proxy.ui import ui_routes
 from helium_proxy.workers.pool import Pool
+from helium_proxy.workers.probe import Probe
 from helium_proxy.workers.upstream import UpstreamClient
 from helium_proxy.workers.worker import Worker
 from helium_proxy.workflow import SqliteTemplateStore, Workflows
@@ -58,18 +60,27 @@ def build_services(settings: Settings) -> Services:
     client = UpstreamClient(settings.pool)
     background = Background()
     tokenizers = Tokenizers(client)
+    probe = Probe(client, enabled=settings.pool.probe)
+
+    async def meet(worker: Worker) -> None:
+        await asyncio.gather(tokenizers.learn(worker), probe.learn(worker))
+        await events.follow(worker)
 
     def changed(worker: Worker) -> None:
         metrics.start_worker(worker.id)
+        probe.changed(worker)
         dispatcher.worker_changed(worker)
         if worker.state == "up":
-            background.start(tokenizers.learn(worker))
+            background.start(meet(worker))
 
     def gone(worker: Worker) -> None:
+        probe.gone(worker)
         dispatcher.worker_gone(worker)
+        background.start(events.gone(worker))
 
     pool = Pool(settings.pool, client, on_change=changed, on_gone=gone, clock=time.monotonic)
     dispatcher = Dispatcher(settings.dispatch, pool, clock=time.monotonic)
+    events = EventFeeds(client, tokenizers, dispatcher.state, enabled=settings.pool.kv_events)
     store = SqliteTemplateStore(settings.store.path) if settings.store.path else None
     reuse = settings.reuse
     return Services(
@@ -86,6 +97,7 @@ def build_services(settings: Settings) -> Services:
         coalescer=Coalescer(reuse.coalesce_window_bytes) if reuse.coalesce else None,
         keyring=Keyring(settings.auth),
         background=background,
+        events=events,
         tracer=make_tracer(
             enabled=settings.tracing.enabled,
             service_name=settings.tracing.service_name,
@@ -180,6 +192,7 @@ async def _close(services: Services) -> None:
     for close in services.closers:
         await close()
     await services.background.close()
+    await services.events.close()
     if services.coalescer is not None:
         await services.coalescer.aclose()
     await services.pool.close()

@@ -71,15 +71,7 @@ class Computer:
         """
         services, settings = self._services, self._services.settings.pool
         self._budget.call()
-        call = await services.estimator.estimate(
-            ticket.request,
-            ticket.hints,
-            now=ticket.arrived_at,
-            salt=ticket.salt,
-            group=ticket.arrival.template if ticket.arrival else "",
-            prefer=ticket.prefer,
-            suggestion=ticket.suggestion,
-        )
+        call = await self._estimate(ticket)
         ticket.planned_at = services.clock()
         failure: HeliumError | None = None
         while True:
@@ -116,6 +108,23 @@ class Computer:
             if not free:
                 pause = settings.retry_backoff_s * 2 ** (ticket.attempts - 1)
                 await asyncio.sleep(random.uniform(0, pause))
+
+    async def _estimate(self, ticket: Ticket) -> QueuedCall:
+        request, estimator = ticket.request, self._services.estimator
+        try:
+            return await estimator.estimate(
+                request,
+                ticket.hints,
+                now=ticket.arrived_at,
+                salt=ticket.salt,
+                group=ticket.arrival.template if ticket.arrival else "",
+                prefer=ticket.prefer,
+                suggestion=ticket.suggestion,
+            )
+        except Exception:
+            log.exception("no estimate; the call is placed by load")
+            metrics.FAIL_OPEN.labels("planner").inc()
+            return estimator.unknown(request, now=ticket.arrived_at, prefer=ticket.prefer)
 
     def _may_retry(self, ticket: Ticket, call: QueuedCall, worker: Worker) -> bool:
         """Whether an error answer may be asked for elsewhere: someone else serves the model, and no state of the
@@ -379,6 +388,7 @@ def _again(call: QueuedCall, failed: str) -> QueuedCall:
         hints=call.hints,
         group=call.group,
         prefer=None,
+        exact=call.exact,
         exclude=call.exclude | {failed},
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 from helium_proxy.config import Settings
 from helium_proxy.dispatch.dispatcher import Dispatcher
 from helium_proxy.gateway.auth import Keyring
+from helium_proxy.gateway.events import EventFeeds
 from helium_proxy.gateway.tracing import NullTracer, Tracer
 from helium_proxy.planner.estimate import Estimator
 from helium_proxy.residency.registry import Tokenizers
@@ -58,6 +59,7 @@ class Services:
     coalescer: Coalescer | None
     keyring: Keyring
     background: Background
+    events: EventFeeds
     tracer: Tracer = field(default_factory=NullTracer)
     # -- state
     closers: list[Callable[[], Awaitable[None]]] = field(default_factory=list)

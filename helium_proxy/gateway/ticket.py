@@ -95,8 +95,8 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
     """The body for the worker: the client's without Helium's own fields, with `additions` (top-level fields; a
     client's field of the same name stays, but objects are merged).
 
-    Where nothing has to go, additions are spliced into the bytes as they came, so that every number and every
-    escape reaches the engine as the client wrote it.
+    Where nothing has to go, additions are put at the end of the bytes as they came, so that every number and every
+    escape reaches the engine as the client wrote it, and where it names a column in an error, it is the client's.
     """
     body, stripped = strip_tags(ticket.request.body)
     new = {name: value for name, value in additions.items() if name not in body}
@@ -125,9 +125,9 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
         parts.append(_USAGE)
     if not parts:
         return ticket.raw
-    head, brace, rest = ticket.raw.partition(b"{")
+    head, brace, rest = ticket.raw.rpartition(b"}")
     comma = b"," if body else b""
-    return head + brace + b",".join(parts) + comma + rest
+    return head + comma + b",".join(parts) + brace + rest
 
 
 def _encoded(body: Mapping[str, Any]) -> bytes:

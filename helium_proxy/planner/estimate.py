@@ -9,6 +9,7 @@ from typing import Any
 from helium_proxy import metrics
 from helium_proxy.dispatch.state import QueuedCall
 from helium_proxy.residency.chain import text_chain, token_chain
+from helium_proxy.residency.kv_book import salt_of
 from helium_proxy.residency.registry import Tokenizers
 from helium_proxy.residency.tokens import CannotTokenize, prompt_pieces
 from helium_proxy.types import CallRequest, Hints
@@ -41,9 +42,10 @@ class Estimator:
         """`salt` separates prompts that must not share blocks (the tenant's, where tenants are isolated)."""
         model, body = request.model, request.body
         size = self._tokenizers.block_size(model)
-        salt = f"{model}\x1f{salt or body.get('cache_salt') or ''}"
+        salt = salt_of(model, salt or body.get("cache_salt") or "")
         chain: tuple[int, ...] = ()
         prompt_tokens = 0
+        exact = False
         pieces = prompt_pieces(request.route, body)
         if pieces:
             tokenizer = self._tokenizers.get(model)
@@ -53,7 +55,7 @@ class Estimator:
                         tokens = await asyncio.to_thread(tokenizer.request, request.route, body)
                     else:
                         tokens = tokenizer.request(request.route, body)
-                    chain, prompt_tokens = token_chain(tokens, size, salt), len(tokens)
+                    chain, prompt_tokens, exact = token_chain(tokens, size, salt), len(tokens), True
                 except CannotTokenize:
                     pass
                 except Exception:
@@ -68,6 +70,7 @@ class Estimator:
             tenant=request.tenant,
             chain=chain,
             block_size=size,
+            exact=exact,
             prompt_tokens=prompt_tokens,
             output_tokens=expected_output(body, hints, self._default_output),
             arrived_at=now,
@@ -75,6 +78,20 @@ class Estimator:
             group=group,
             prefer=prefer,
             suggestion=suggestion,
+        )
+
+    def unknown(self, request: CallRequest, *, now: float, prefer: str | None) -> QueuedCall:
+        """The call without any knowledge of it: no prefix, the default length."""
+        return QueuedCall(
+            id=request.id,
+            model=request.model,
+            tenant=request.tenant,
+            chain=(),
+            block_size=self._tokenizers.block_size(request.model),
+            prompt_tokens=1,
+            output_tokens=float(self._default_output),
+            arrived_at=now,
+            prefer=prefer,
         )
 
     def measured(self, call: QueuedCall, request: CallRequest, prompt_tokens: int) -> None:

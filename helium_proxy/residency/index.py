@@ -8,12 +8,16 @@ prefilled. A chain's residency is therefore always a prefix of it, which makes a
 
 What the mirror cannot see (other clients of the worker, a restart) shows as a difference between predicted and
 actual cached tokens; `correct` repairs it, `clear` starts anew.
+
+Where the worker publishes KV events (`follow`) nothing of this is guessed: what no running call holds is resident
+when the engine says so, and evicted when it says so. Chains that are no token ids (text hashes, of routes that cannot
+be tokenized here) have no events; they go on being mirrored as above.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Container, Iterable, Sequence, Sized
 from dataclasses import dataclass
 
 Chain = Sequence[int]
@@ -41,9 +45,13 @@ class WorkerResidency:
         # -- state
         self._refs: dict[int, int] = {}  # block → running calls (and pins) that hold it
         self._free: OrderedDict[int, None] = OrderedDict()  # resident, held by nobody, least recent first
-        self._held: dict[str, tuple[Chain, int]] = {}  # call → its chain, and its anonymous blocks
+        self._held: dict[str, tuple[Chain, int, bool]] = {}  # call → chain, anonymous blocks, whether token-exact
         self._anonymous = 0  # sum of the latter
         self._pins: dict[str, Chain] = {}  # pin's name → its blocks
+        self._pinned: Counter[int] = Counter()  # block → pins that hold it
+        self._told: Container[int] = ()  # blocks that KV events say are resident, kept by whoever follows those
+        self._following = False
+        self._due: tuple[list[int], list[int]] = ([], [])  # just left by calls, no event yet; and those before them
         self._ghosts: OrderedDict[int, None] = OrderedDict()  # evicted, at most `capacity` of them, oldest first
 
     def __repr__(self) -> str:
@@ -52,29 +60,31 @@ class WorkerResidency:
         )
 
     def statistics(self) -> ResidencyStatistics:
-        pinned = len({b for chain in self._pins.values() for b in chain})
-        return ResidencyStatistics(len(self._refs), self._anonymous, len(self._free), pinned, self.capacity)
+        free, told = len(self._free), self._told
+        if self._following and isinstance(told, Sized):
+            free = max(0, len(told) - len(self._refs)) + sum(block not in told for block in self._free)
+        return ResidencyStatistics(len(self._refs), self._anonymous, free, len(self._pinned), self.capacity)
 
     @property
     def used(self) -> int:
-        """Blocks that cannot be evicted now."""
+        """Blocks that running calls hold."""
         return len(self._refs) + self._anonymous
 
     @property
-    def resident(self) -> int:
-        """Blocks with a shareable identity."""
-        return len(self._refs) + len(self._free)
+    def pinned(self) -> int:
+        """Blocks that pins hold, whoever else does."""
+        return len(self._pinned)
 
     def match(self, chain: Chain) -> int:
         """How many leading blocks of `chain` are resident. O(log len(chain))."""
-        refs, free = self._refs, self._free
+        refs, free, told = self._refs, self._free, self._told
         low, high = 0, len(chain)
-        if not high or not (chain[0] in refs or chain[0] in free):
+        if not high or not (chain[0] in refs or chain[0] in free or chain[0] in told):
             return 0
         while low < high:
             middle = (low + high) >> 1
             block = chain[middle]
-            if block in refs or block in free:
+            if block in refs or block in free or block in told:
                 low = middle + 1
             else:
                 high = middle
@@ -97,12 +107,12 @@ class WorkerResidency:
         ghosts = self._ghosts
         return sum(block in ghosts for block in chain[self.match(chain) :])
 
-    def admit(self, call: str, chain: Chain, anonymous: int) -> int:
+    def admit(self, call: str, chain: Chain, anonymous: int, *, exact: bool = False) -> int:
         """A call begins: holds its chain and `anonymous` further blocks, evicting what is in the way. Returns the
-        blocks that were already resident."""
+        blocks that were already resident. `exact`: the chain is of token ids, so that events speak of it."""
         hit = self.match(chain)
         self._hold(chain)
-        self._held[call] = (chain, anonymous)
+        self._held[call] = (chain, anonymous, exact)
         self._anonymous += anonymous
         self._evict()
         return hit
@@ -113,9 +123,12 @@ class WorkerResidency:
         held = self._held.pop(call, None)
         if held is None:
             return
-        chain, anonymous = held
+        chain, anonymous, exact = held
         self._anonymous -= anonymous
         free, refs = self._free, self._refs
+        if exact and self._following:
+            self._leave(chain)
+            return
         for block in reversed(extension):
             if block not in refs:
                 free[block] = None
@@ -124,19 +137,18 @@ class WorkerResidency:
         self._evict()
 
     def pin(self, name: str, chain: Chain) -> None:
-        """Holds `chain` under `name` until `unpin`; a name used again replaces its pin."""
-        self._hold(chain)
-        previous = self._pins.get(name)
+        """`chain`, which has just been computed, is not evicted until `unpin`; a name used again replaces its pin."""
+        self.unpin(name)
         self._pins[name] = chain
-        if previous is not None:
-            self._release(previous)
-        self._evict()
+        self._pinned.update(chain)
+        if not self._following:
+            self.store(chain[::-1])
 
     def unpin(self, name: str) -> None:
-        chain = self._pins.pop(name, None)
-        if chain is not None:
-            self._release(chain)
-            self._evict()
+        for block in self._pins.pop(name, ()):
+            self._pinned[block] -= 1
+            if not self._pinned[block]:
+                del self._pinned[block]
 
     def pins(self) -> dict[str, int]:
         """Blocks by pin."""
@@ -149,17 +161,35 @@ class WorkerResidency:
             self._free.pop(block, None)
 
     def store(self, blocks: Iterable[int]) -> None:
-        """Blocks reported as cached (KV events), least recent first."""
+        """Blocks known to be cached, least recent first."""
         for block in blocks:
             if block not in self._refs:
                 self._free[block] = None
                 self._free.move_to_end(block)
         self._evict()
 
-    def drop(self, blocks: Iterable[int]) -> None:
-        """Blocks reported as removed (KV events)."""
+    def follow(self, told: Container[int] | None) -> None:
+        """From now on `told`, which changes under us, says which blocks are resident; None: nobody does."""
+        self._following = told is not None
+        self._told = () if told is None else told
+        self._due = ([], [])
+        if told is not None:
+            self._free.clear()
+
+    def dropped(self, blocks: Iterable[int]) -> None:
+        """The engine says that it has evicted these."""
         for block in blocks:
             self._free.pop(block, None)
+            self._ghosts[block] = None
+        while len(self._ghosts) > self.capacity:
+            self._ghosts.popitem(last=False)
+
+    def settle(self) -> None:
+        """Called every second or so: what a call left, and no event has named since the last time but one, was never
+        computed (the call was aborted) or is gone."""
+        for block in self._due[1]:
+            self._free.pop(block, None)
+        self._due = ([], self._due[0])
 
     def clear(self) -> None:
         """The engine lost its cache; calls in flight there are lost with it."""
@@ -167,7 +197,9 @@ class WorkerResidency:
         self._free.clear()
         self._held.clear()
         self._pins.clear()
+        self._pinned.clear()
         self._ghosts.clear()
+        self._due = ([], [])
         self._anonymous = 0
 
     def resize(self, capacity: int) -> None:
@@ -197,11 +229,29 @@ class WorkerResidency:
                 del refs[block]
                 free[block] = None  # at the recent end, tail before head
 
+    def _leave(self, chain: Chain) -> None:
+        """As `_release`, of a chain that events speak of: those of its last blocks may still be on their way."""
+        refs, told = self._refs, self._told
+        for block in reversed(chain):
+            count = refs.get(block, 0)
+            if count > 1:
+                refs[block] = count - 1
+            elif count == 1:
+                del refs[block]
+                if block not in told:
+                    self._free[block] = None
+                    self._due[0].append(block)
+
     def _evict(self) -> None:
-        free, ghosts = self._free, self._ghosts
+        free, ghosts, pinned = self._free, self._ghosts, self._pinned
         over = len(self._refs) + self._anonymous + len(free) - self.capacity
-        while over > 0 and free:
+        spared = 0
+        while over > 0 and spared < len(free):
             block, _ = free.popitem(last=False)
+            if block in pinned:
+                free[block] = None
+                spared += 1
+                continue
             ghosts[block] = None
             over -= 1
         while len(ghosts) > self.capacity:

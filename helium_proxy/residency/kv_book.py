@@ -13,7 +13,7 @@ their count is then one too high, until `forget` (a wrong prediction) or `Cleare
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -319,6 +319,11 @@ class BlockView:
 
     def __len__(self) -> int:
         return len(self._block_of)
+
+    @property
+    def blocks(self) -> Mapping[int, BlockHash]:
+        """The resident blocks' chain hashes, as keys; changes with every event."""
+        return self._block_of
 
     def apply(self, event: Event) -> Change:
         """Take in one event of the book."""

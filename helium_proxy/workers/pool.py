@@ -209,9 +209,9 @@ class Pool:
             return
         before = worker.facts
         worker.facts = after = read_metrics(before, text, worker.spec)
-        if after.prompt_tokens < before.prompt_tokens:
-            worker.epoch += 1
-        if _differs(before, after):
+        restarted = after.prompt_tokens < before.prompt_tokens
+        worker.epoch += restarted
+        if restarted or _differs(before, after):
             self._on_change(worker)
 
     async def _get(self, worker: Worker, path: str) -> tuple[int, bytes]:

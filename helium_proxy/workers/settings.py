@@ -58,4 +58,11 @@ class WorkersSettings(BaseModel):
     breaker_failures: int = Field(5, ge=1, description="Failed sends within the window that may open the breaker.")
     breaker_window_s: float = Field(10.0, gt=0, description="The breaker's window.")
     breaker_cooldown_s: float = Field(1.0, gt=0, description="Before an open breaker lets a call through again.")
+    probe: bool = Field(
+        True,
+        description="Find out by one call of a token whether a vLLM worker takes priorities and has the plugin.",
+    )
+    kv_events: bool = Field(
+        True, description="Follow the KV events of workers that publish them, instead of guessing what is evicted."
+    )
     max_workers: int = Field(256, ge=1, description="Workers at the most.")

@@ -43,7 +43,7 @@ class Facts:
     pin_budget_blocks: int | None = None
     has_plugin: bool = False
     has_priority: bool = False
-    """Whether it schedules by `priority`: an engine that does not refuses any but 0."""
+    """Whether it takes `priority` (vLLM with --scheduling-policy fcfs ignores it, or, before 0.32, refuses it)."""
 
     @property
     def max_model_len(self) -> int | None:

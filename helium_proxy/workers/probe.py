@@ -1,0 +1,85 @@
+"""What a vLLM worker's HTTP surface does not tell, found by asking for one token: whether it takes `priority` (some
+refuse the field unless they schedule by it) and whether it has the pinning connector (without it directives are
+ignored)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import orjson
+import structlog
+
+from helium_proxy.workers.upstream import SendFailed, UpstreamClient
+from helium_proxy.workers.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+_TIMEOUT_S = 30.0
+_ENGINES = frozenset({"vllm", "helium"})
+"""Others know neither; and may charge for a token."""
+
+
+class Probe:
+    """Asks each worker once, and again after it has restarted."""
+
+    def __init__(self, client: UpstreamClient, *, enabled: bool) -> None:
+        self._client = client
+        self._enabled = enabled
+        # -- state
+        self._asked: dict[str, int] = {}  # worker → the epoch that was asked, or is being asked
+
+    def __repr__(self) -> str:
+        return f"<Probe of {len(self._asked)} workers>"
+
+    def changed(self, worker: Worker) -> None:
+        """What was found holds no longer than the engine's life."""
+        asked = self._asked.get(worker.id)
+        if asked is not None and asked != worker.epoch:
+            del self._asked[worker.id]
+            worker.facts = replace(worker.facts, has_priority=False, has_plugin=False)
+
+    def gone(self, worker: Worker) -> None:
+        self._asked.pop(worker.id, None)
+
+    async def learn(self, worker: Worker) -> None:
+        """Sets `has_priority` and `has_plugin` of a worker that is up. Never raises; what is not understood (a
+        pooling model's refusal, say) leaves both False."""
+        if not self._enabled or worker.id in self._asked or worker.facts.engine not in _ENGINES:
+            return
+        self._asked[worker.id] = epoch = worker.epoch
+        try:
+            status, answer = await self._ask(worker, priority=1)
+            has_priority = status == 200
+            if status == 400 and "priority" in str(answer).lower():
+                status, answer = await self._ask(worker)
+        except (SendFailed, ValueError) as error:
+            log.info("probe failed", worker=worker.id, error=str(error))
+            if self._asked.get(worker.id) == epoch:
+                del self._asked[worker.id]  # asked again at its next change
+            return
+        if status != 200 or worker.epoch != epoch:
+            return
+        transfer = answer.get("kv_transfer_params") if isinstance(answer, dict) else None
+        has_plugin = isinstance(transfer, dict) and isinstance(transfer.get("helium"), dict)
+        worker.facts = replace(worker.facts, has_priority=has_priority, has_plugin=has_plugin)
+        log.info("worker probed", worker=worker.id, priority=has_priority, plugin=has_plugin)
+
+    async def _ask(self, worker: Worker, **fields: Any) -> tuple[int, Any]:
+        body = {
+            "model": worker.facts.models[0].id if worker.facts.models else "",
+            "prompt": ".",
+            "max_tokens": 1,
+            "temperature": 0,
+            "kv_transfer_params": {"helium": {}},
+            **fields,
+        }
+        upstream = await self._client.send(
+            worker,
+            "POST",
+            "/v1/completions",
+            headers={"Content-Type": "application/json"},
+            body=orjson.dumps(body),
+            timeout_s=_TIMEOUT_S,
+        )
+        return upstream.status, orjson.loads(await upstream.read())
