@@ -8,7 +8,7 @@ from .build_env import REQUIREMENTS, failure_of
 from .measure import measure, table
 from .truth import TRUTH, Score, Truth, edge_score, grouped
 
-pytestmark = pytest.mark.frameworks
+pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize("name", REQUIREMENTS)
