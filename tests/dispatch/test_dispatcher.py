@@ -1,0 +1,181 @@
+"""The loop around the policy: callers wait, are served, leave; nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from helium_proxy.dispatch.dispatcher import Dispatcher
+from helium_proxy.dispatch.settings import DispatchSettings
+from helium_proxy.dispatch.state import QueuedCall
+from helium_proxy.errors import ModelNotFound, NoWorker, QueueFull
+from helium_proxy.workers.settings import WorkerSpec, WorkersSettings
+from helium_proxy.workers.worker import Facts, ModelInfo, Worker
+
+
+class Workers(dict[str, Worker]):
+    """What the dispatcher asks of the pool."""
+
+    def all(self) -> list[Worker]:
+        return list(self.values())
+
+
+def fact(*models: str, blocks: int | None = None) -> Facts:
+    cards = tuple(ModelInfo(m, 4096, None, {"id": m}) for m in models)
+    return Facts(models=cards, block_size=16, num_blocks=blocks)
+
+
+def make(*models: str, **options: Any) -> tuple[Dispatcher, Workers]:
+    """A dispatcher, and a worker that is up for each model."""
+    pool = Workers()
+    dispatcher = Dispatcher(DispatchSettings(**options), pool, clock=time.monotonic)  # type: ignore[arg-type]
+    for i, model in enumerate(models):
+        worker = Worker(WorkerSpec(url=f"http://w{i}:1"), WorkersSettings(), state="up")
+        worker.facts = fact(model)
+        pool[worker.id] = worker
+        dispatcher.worker_changed(worker)
+    return dispatcher, pool
+
+
+def call(name: str, model: str = "demo", **fields: Any) -> QueuedCall:
+    return QueuedCall(name, model, "t", (), 16, 10, 5.0, time.monotonic(), **fields)
+
+
+def idle(dispatcher: Dispatcher) -> bool:
+    statistics = dispatcher.statistics()
+    return statistics.queued == statistics.running == 0 and not dispatcher._waiting
+
+
+async def test_a_call_is_assigned_and_released() -> None:
+    dispatcher, _ = make("demo")
+    assignment = await dispatcher.acquire(call("a"))
+    assert assignment.worker == "w0:1"
+    assert dispatcher.statistics().running == 1
+    dispatcher.release(assignment, ok=True, computed_tokens=10, cached_tokens=0, output_tokens=5)
+    assert idle(dispatcher)
+    dispatcher.release(assignment, ok=False)
+    assert idle(dispatcher), "released twice by mistake, counted once"
+
+
+async def test_the_next_in_line_starts_when_one_ends() -> None:
+    dispatcher, _ = make("demo", default_running=1)
+    first = await dispatcher.acquire(call("a"))
+    second = asyncio.create_task(dispatcher.acquire(call("b")))
+    await asyncio.sleep(0.01)
+    assert not second.done()
+    dispatcher.release(first, ok=True)
+    dispatcher.release(await asyncio.wait_for(second, 1), ok=True)
+    assert idle(dispatcher)
+
+
+async def test_whoever_leaves_the_queue_is_gone_from_it() -> None:
+    dispatcher, _ = make("demo", default_running=1)
+    first = await dispatcher.acquire(call("a"))
+    second = asyncio.create_task(dispatcher.acquire(call("b")))
+    await asyncio.sleep(0.01)
+    second.cancel()
+    await asyncio.gather(second, return_exceptions=True)
+    assert dispatcher.statistics().queued == 0
+    dispatcher.release(first, ok=True)
+    await asyncio.sleep(0.01)
+    assert idle(dispatcher)
+
+
+async def test_whoever_leaves_in_the_very_moment_gives_the_slot_back() -> None:
+    dispatcher, _ = make("demo")
+    task = asyncio.create_task(dispatcher.acquire(call("a")))
+    while not dispatcher.statistics().running:
+        await asyncio.sleep(0)
+    task.cancel()  # assigned, and not yet told
+    await asyncio.gather(task, return_exceptions=True)
+    await asyncio.sleep(0.01)
+    assert idle(dispatcher)
+
+
+async def test_a_full_queue_refuses() -> None:
+    dispatcher, _ = make("demo", default_running=1, max_queue=3)
+    first = await dispatcher.acquire(call("a"))
+    waiting = [asyncio.create_task(dispatcher.acquire(call(f"q{i}"))) for i in range(3)]
+    await asyncio.sleep(0.01)
+    with pytest.raises(QueueFull) as raised:
+        await dispatcher.acquire(call("z"))
+    assert raised.value.retry_after is not None
+    assert 1 <= raised.value.retry_after <= 60
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    dispatcher.release(first, ok=True)
+    assert idle(dispatcher)
+
+
+async def test_a_model_that_nobody_has() -> None:
+    dispatcher, _ = make("demo")
+    with pytest.raises(ModelNotFound):
+        await dispatcher.acquire(call("a", model="other"))
+    assert idle(dispatcher)
+
+
+async def test_no_worker_in_time() -> None:
+    dispatcher, pool = make("demo", no_worker_wait_s=0.02)
+    for worker in pool.values():
+        worker.state = "down"
+        dispatcher.worker_changed(worker)
+    with pytest.raises(NoWorker):
+        await dispatcher.acquire(call("a"))
+    assert idle(dispatcher)
+
+
+async def test_a_worker_in_time() -> None:
+    dispatcher, pool = make(no_worker_wait_s=5)
+    worker = Worker(WorkerSpec(url="http://late:1"), WorkersSettings())
+    pool[worker.id] = worker
+    task = asyncio.create_task(dispatcher.acquire(call("a")))
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    worker.facts, worker.state = fact("demo"), "up"
+    dispatcher.worker_changed(worker)
+    assert (await asyncio.wait_for(task, 1)).worker == "late:1"
+
+
+async def test_a_worker_that_is_removed_takes_its_calls_with_it() -> None:
+    dispatcher, pool = make("demo", "demo")
+    assignment = await dispatcher.acquire(call("a"))
+    dispatcher.worker_gone(pool.pop(assignment.worker))
+    dispatcher.release(assignment, ok=False)
+    assert idle(dispatcher)
+    assert (await dispatcher.acquire(call("b"))).worker != assignment.worker
+
+
+async def test_a_restart_empties_the_mirror_and_keeps_the_calls() -> None:
+    dispatcher, pool = make("demo")
+    assignment = await dispatcher.acquire(call("a"))
+    (worker,) = pool.values()
+    worker.epoch += 1
+    dispatcher.worker_changed(worker)
+    assert dispatcher.statistics().running == 1
+    dispatcher.release(assignment, ok=True)
+    assert idle(dispatcher)
+
+
+async def test_siblings_that_arrive_together_are_decided_together() -> None:
+    dispatcher, _ = make("demo", "demo")
+    before = dispatcher.statistics().decisions
+    await asyncio.gather(*(dispatcher.acquire(call(f"c{i}")) for i in range(20)))
+    assert dispatcher.statistics().decisions == before + 1
+
+
+async def test_a_bug_in_the_policy_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatcher, _ = make("demo", "demo")
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("helium_proxy.dispatch.dispatcher.decide", broken)
+    assignments = await asyncio.gather(*(dispatcher.acquire(call(f"c{i}")) for i in range(10)))
+    assert {a.worker for a in assignments} == {"w0:1", "w1:1"}
+    for assignment in assignments:
+        dispatcher.release(assignment, ok=True)
+    assert idle(dispatcher)

@@ -1,0 +1,386 @@
+"""Placement and order, decided without a network and without a clock."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from helium_proxy.dispatch.policy import decide
+from helium_proxy.dispatch.settings import DispatchSettings
+from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall, WorkerState
+from helium_proxy.types import Hints
+
+SIZE = 16
+_names = itertools.count()
+
+
+def blocks(name: str, count: int, after: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """A chain of `count` blocks of its own behind `after`."""
+    return after + tuple(hash((name, i, after[-1:])) for i in range(count))
+
+
+def call(chain: tuple[int, ...] = (), output: float = 16, **fields: Any) -> QueuedCall:
+    hints = Hints(**{k: fields.pop(k) for k in list(fields) if k in Hints.__dataclass_fields__})
+    base: dict[str, Any] = {"id": f"c{next(_names)}", "model": "demo", "tenant": "t", "arrived_at": 0.0}
+    base |= {"chain": chain, "block_size": SIZE, "prompt_tokens": len(chain) * SIZE + 5, "output_tokens": output}
+    return QueuedCall(**{**base, "hints": hints, **fields})
+
+
+def fleet(count: int = 2, capacity: int | None = 10_000, **options: Any) -> DispatchState:
+    state = DispatchState(DispatchSettings(**options))
+    for i in range(count):
+        state.workers[f"w{i}"] = WorkerState(f"w{i}", frozenset({"demo"}), SIZE, capacity)
+    return state
+
+
+def ask(state: DispatchState, *calls: QueuedCall, now: float = 0.0) -> list[Assignment]:
+    for one in calls:
+        state.enqueue(one, now)
+    return decide(state, now)
+
+
+def finish(state: DispatchState, assignment: Assignment) -> None:
+    assert state.workers[assignment.worker].release(assignment.call.id) is assignment
+
+
+def in_turn(state: DispatchState) -> list[QueuedCall]:
+    """The order in which calls start when one runs at a time."""
+    order: list[QueuedCall] = []
+    started = decide(state, 0.0)
+    while started:
+        order += [a.call for a in started]
+        for assignment in started:
+            finish(state, assignment)
+        started = decide(state, 0.0)
+    return order
+
+
+def one_by_one(**options: Any) -> DispatchState:
+    return fleet(1, max_running=1, default_running=1, **options)
+
+
+# -- where
+
+
+def test_a_call_goes_where_its_prefix_is() -> None:
+    state = fleet(3)
+    prefix = blocks("system", 50)
+    (first,) = ask(state, call(prefix))
+    finish(state, first)
+    for i in range(5):
+        (again,) = ask(state, call(blocks(f"q{i}", 2, prefix)))
+        assert again.worker == first.worker
+        assert again.reason == "prefix"
+        assert again.cached_tokens == 50 * SIZE
+        finish(state, again)
+
+
+def test_look_alikes_do_not_land_on_one_worker() -> None:
+    """`session-1` and `session-12` have nothing in common."""
+    state = fleet(2)
+    assignments = ask(state, *(call(blocks(f"session-{i}", 20)) for i in range(40)))
+    assert Counter(a.worker for a in assignments) == {"w0": 20, "w1": 20}
+
+
+def test_siblings_gather_while_that_pays() -> None:
+    state = fleet(2)
+    prefix = blocks("long document", 500)
+    assignments = ask(state, *(call(blocks(f"q{i}", 1, prefix), output=4) for i in range(4)))
+    assert len({a.worker for a in assignments}) == 1
+    assert [a.cached_tokens for a in assignments] == [0, *[500 * SIZE] * 3], "shared while it is being prefilled"
+
+
+def test_siblings_are_split_when_the_wait_would_cost_more_than_the_prefix() -> None:
+    state = fleet(2)
+    prefix = blocks("short prompt", 20)
+    assignments = ask(state, *(call(blocks(f"q{i}", 1, prefix), output=400) for i in range(40)))
+    counts = Counter(a.worker for a in assignments)
+    assert sorted(counts.values())[0] >= 17
+    computed = [a for a in assignments if a.cached_tokens == 0]
+    assert len(computed) == 2, "the prefix is computed once on each"
+
+
+def test_an_overloaded_worker_loses_its_calls_to_an_idle_one() -> None:
+    state = fleet(2)
+    prefix = blocks("p", 10)
+    (first,) = ask(state, call(prefix))
+    finish(state, first)
+    busy = ask(state, *(call(blocks(f"q{i}", 1, prefix), output=2000) for i in range(20)))
+    assert {a.worker for a in busy} == {"w0", "w1"}
+
+
+def test_only_workers_of_the_model_and_only_open_ones() -> None:
+    state = fleet(3)
+    state.workers["w0"].models = frozenset({"other"})
+    state.workers["w1"].open = False
+    assignments = ask(state, *(call(blocks(f"x{i}", 3)) for i in range(5)))
+    assert {a.worker for a in assignments} == {"w2"}
+    state.workers["w2"].open = False
+    assert ask(state, call()) == []
+    assert state.queued == 1
+
+
+def test_a_worker_that_failed_a_call_is_not_given_it_again_unless_it_is_the_only_one() -> None:
+    state = fleet(2)
+    prefix = blocks("p", 100)
+    (first,) = ask(state, call(prefix))
+    finish(state, first)
+    (again,) = ask(state, call(prefix, exclude=frozenset({first.worker})))
+    assert again.worker != first.worker
+    for worker in state.workers.values():
+        worker.open = worker.id == first.worker
+    (last,) = ask(state, call(prefix, exclude=frozenset({first.worker})))
+    assert last.worker == first.worker
+
+
+def test_the_ablations() -> None:
+    prefix = blocks("p", 100)
+    for placement, expected in (("round-robin", {"w0": 5, "w1": 5}), ("least-loaded", {"w0": 5, "w1": 5})):
+        state = fleet(2, placement=placement)
+        assignments = ask(state, *(call(prefix) for _ in range(10)))
+        assert Counter(a.worker for a in assignments) == expected
+        assert {a.reason for a in assignments} == {placement}
+
+
+# -- whether
+
+
+def test_what_finds_no_room_waits_for_it() -> None:
+    state = fleet(1, capacity=100, kv_share=0.5)
+    (first,) = ask(state, call(blocks("a", 40)), call(blocks("b", 40)))
+    assert state.queued == 1
+    assert decide(state, 1.0) == []
+    finish(state, first)
+    (second,) = decide(state, 2.0)
+    assert second.call.chain == blocks("b", 40)
+
+
+def test_a_call_larger_than_the_share_runs_alone_rather_than_never() -> None:
+    state = fleet(1, capacity=100, kv_share=0.5)
+    (first,) = ask(state, call(blocks("huge", 90)))
+    assert ask(state, call(blocks("small", 1))) == []
+    finish(state, first)
+    assert len(decide(state, 1.0)) == 1
+
+
+def test_shared_blocks_count_once() -> None:
+    prefix = blocks("p", 40)
+    state = fleet(1, capacity=100, kv_share=0.6)
+    assignments = ask(state, *(call(blocks(f"q{i}", 1, prefix), output=8) for i in range(6)))
+    assert len(assignments) == 6
+
+
+def test_without_admission_everything_goes_at_once() -> None:
+    state = fleet(2, capacity=10, admission=False)
+    assert len(ask(state, *(call(blocks(f"a{i}", 8)) for i in range(30)))) == 30
+
+
+def test_an_idle_worker_is_used_though_the_prefix_is_elsewhere() -> None:
+    state = fleet(2, capacity=100, kv_share=0.5)
+    prefix = blocks("p", 30)
+    first = ask(state, call(prefix, output=200))
+    second = ask(state, call(blocks("q", 1, prefix), output=600))
+    assert len(first) == len(second) == 1
+    assert {first[0].worker, second[0].worker} == {"w0", "w1"}
+
+
+# -- in which order
+
+
+def test_a_client_s_priority_goes_before_everything() -> None:
+    state = one_by_one()
+    calls = [call(priority=p, tenant=t) for p, t in ((3, "a"), (0, "b"), (-7, "a"), (0, "a"), (5, "b"))]
+    for one in calls:
+        state.enqueue(one, 0.0)
+    assert [c.hints.priority for c in in_turn(state)] == [-7, 0, 0, 3, 5]
+
+
+def test_older_runs_first_and_in_a_run_the_longest_remaining_path() -> None:
+    state = one_by_one()
+    old_short, new = call(run_seq=1, path_output_tokens=10), call(run_seq=2, path_output_tokens=5000)
+    old_long = call(run_seq=1, path_output_tokens=900)
+    for now, one in enumerate((old_short, new, old_long)):
+        state.enqueue(one, float(now))
+    assert in_turn(state) == [old_long, old_short, new]
+
+
+def test_fifo_is_by_arrival() -> None:
+    state = one_by_one(ordering="fifo")
+    calls = [call(run_seq=5 - i, path_output_tokens=100 * i) for i in range(5)]
+    for now, one in enumerate(calls):
+        state.enqueue(one, float(now))
+    assert in_turn(state) == calls
+
+
+def test_a_call_that_must_start_soon_to_be_in_time_goes_first() -> None:
+    state = one_by_one()
+    plain, relaxed = call(arrived_at=100.0), call(deadline_s=1000.0, arrived_at=100.0)
+    urgent = call(output=10_000, deadline_s=10.0, arrived_at=100.0)
+    for one in (plain, relaxed, urgent):
+        state.enqueue(one, 100.0)
+    assert in_turn(state) == [urgent, plain, relaxed]
+
+
+def test_equal_tenants_get_equal_shares() -> None:
+    state = one_by_one()
+    for i in range(60):
+        state.enqueue(call(tenant="large", run_seq=1), float(i))
+    for i in range(10):
+        state.enqueue(call(tenant="small", run_seq=2), 60.0 + i)
+    order = [c.tenant for c in in_turn(state)]
+    assert order[:22].count("small") == 10, "a tenant waits for its own calls, not for another's"
+
+
+def test_a_tenant_saves_up_no_credit() -> None:
+    state = one_by_one()
+    for _ in range(50):
+        state.enqueue(call(tenant="a"), 0.0)
+    in_turn(state)
+    for i in range(20):
+        state.enqueue(call(tenant="ab"[i % 2]), 1.0)
+    order = [c.tenant for c in in_turn(state)]
+    assert 4 <= order[:10].count("a") <= 6
+
+
+def test_a_small_run_waits_at_most_twice_as_long_as_in_fifo_order() -> None:
+    """A call that arrives behind a large workflow: its place with the policy against its place by arrival."""
+    for behind in (1, 10, 100, 400):
+        places = {}
+        for ordering in ("run", "fifo"):
+            state = one_by_one(ordering=ordering, window=1000)
+            for i in range(behind):
+                state.enqueue(call(run_seq=1, path_output_tokens=100.0, group="large"), i * 0.01)
+            small = call(run_seq=2, group="small")
+            state.enqueue(small, behind * 0.01)
+            for i in range(400):  # the large one goes on and on
+                state.enqueue(call(run_seq=1, path_output_tokens=900.0, group="large"), behind * 0.01 + i)
+            places[ordering] = in_turn(state).index(small) + 1
+        assert places["run"] <= 2 * places["fifo"], behind
+
+
+def test_the_rank_fits_the_engine_s_integer() -> None:
+    state = fleet(1)
+    for priority in (-(2**31), 2**31 - 1, 0):
+        (assignment,) = ask(state, call(priority=priority), now=1e6)
+        assert -(2**31) < assignment.engine_priority < 2**31
+
+
+def test_a_prompt_of_full_blocks_recomputes_its_last() -> None:
+    state = fleet(1)
+    whole = blocks("p", 4)
+    (first,) = ask(state, call(whole, prompt_tokens=4 * SIZE))
+    finish(state, first)
+    (again,) = ask(state, call(whole, prompt_tokens=4 * SIZE))
+    assert again.cached_tokens == 3 * SIZE
+
+
+# -- always
+
+
+class Dispatching(RuleBasedStateMachine):
+    """Any interleaving: no call is lost, none runs twice, no limit is passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = fleet(3, capacity=60, max_running=6)
+        self.state.workers["w2"].models = frozenset({"demo", "other"})
+        self.queued: dict[str, QueuedCall] = {}
+        self.running: dict[str, Assignment] = {}
+        self.now = 0.0
+
+    @rule(
+        chain=st.lists(st.sampled_from("ab"), max_size=6),
+        tenant=st.sampled_from("xyz"),
+        group=st.sampled_from(["", "g"]),
+        model=st.sampled_from(["demo", "demo", "other"]),
+        priority=st.integers(-2, 2),
+        run=st.integers(0, 3),
+        excluded=st.sampled_from([frozenset(), frozenset({"w0"}), frozenset({"w0", "w1", "w2"})]),
+        output=st.integers(1, 300),
+    )
+    def arrive(self, chain: list[str], output: int, excluded: frozenset[str], **fields: Any) -> None:
+        hints = {"priority": fields.pop("priority"), "run_seq": fields.pop("run")}
+        hashes = tuple(hash(tuple(chain[: i + 1])) for i in range(len(chain)))
+        one = call(hashes, output=float(output), exclude=excluded, **hints, **fields)
+        self.queued[one.id] = one
+        self.state.enqueue(one, self.now)
+
+    @rule(pause=st.floats(0, 2))
+    def decide(self, pause: float) -> None:
+        self.now += pause
+        for assignment in decide(self.state, self.now):
+            taken = self.queued.pop(assignment.call.id)
+            assert taken is assignment.call
+            worker = self.state.workers[assignment.worker]
+            assert worker.open
+            assert taken.model in worker.models
+            assert 0 <= assignment.cached_tokens <= taken.prompt_tokens
+            self.running[taken.id] = assignment
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        assignment = self.running.pop(data.draw(st.sampled_from(sorted(self.running))))
+        finish(self.state, assignment)
+
+    @precondition(lambda self: self.queued)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        one = self.queued.pop(data.draw(st.sampled_from(sorted(self.queued))))
+        assert self.state.withdraw(one)
+        assert not self.state.withdraw(one)
+
+    @rule(worker=st.sampled_from(["w0", "w1"]), is_open=st.booleans())
+    def toggle(self, worker: str, is_open: bool) -> None:
+        self.state.workers[worker].open = is_open
+
+    @rule(worker=st.sampled_from(["w0", "w1", "w2"]))
+    def restart(self, worker: str) -> None:
+        self.state.workers[worker].clear()
+
+    @invariant()
+    def every_call_is_in_one_place(self) -> None:
+        queued = [c.id for q in self.state.queues.values() for c in q]
+        assert sorted(queued) == sorted(self.queued)
+        assert self.state.queued == len(queued)
+        running = [name for w in self.state.workers.values() for name in w.running]
+        assert sorted(running) == sorted(self.running)
+        for worker in self.state.workers.values():
+            assert len(worker.running) <= 6
+            assert worker.backlog_s >= 0
+            assert abs(worker.backlog_s - sum(a.work_s for a in worker.running.values())) < 1e-6
+
+    def teardown(self) -> None:
+        """Whatever happened, everything runs in the end."""
+        for worker in self.state.workers.values():
+            worker.open = True
+        for _ in range(10_000):
+            self.decide(1.0)
+            if not self.running:
+                break
+            for assignment in self.running.values():
+                finish(self.state, assignment)
+            self.running.clear()
+        assert not self.queued
+
+
+Dispatching.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestDispatching = Dispatching.TestCase
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), max_size=40), st.integers(1, 50))
+def test_the_head_of_the_queue_is_in_order_and_without_repeats(arrivals: list[tuple[str, int]], count: int) -> None:
+    state = fleet(1)
+    for tenant, priority in arrivals:
+        state.enqueue(call(tenant=tenant, priority=priority), 0.0)
+    if not arrivals:
+        return
+    head = state.queues["demo"].head(count)
+    assert len(head) == min(count, len(arrivals)) == len({c.id for c in head})
+    priorities = [c.hints.priority for c in head]
+    assert priorities == sorted(priorities)
