@@ -86,7 +86,10 @@ def serve(config_file: Path | None, workers: tuple[str, ...], host: str | None, 
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def engine(context: click.Context, arguments: tuple[str, ...]) -> None:
-    """Serve an embedded engine: vLLM's scheduling and HTTP interface, simulated."""
+    """Serve an embedded engine.
+
+    It simulates vLLM's scheduling and HTTP interface; its text is made up. Its own options: --help after `engine`.
+    """
     from helium_proxy.engine.__main__ import main as run
 
     run.main(args=list(arguments), prog_name="helium-proxy engine", standalone_mode=True)
@@ -96,7 +99,7 @@ def engine(context: click.Context, arguments: tuple[str, ...]) -> None:
 @click.option("--worker", "workers", multiple=True, metavar="URL", help="Use these workers, not embedded ones.")
 @click.option("--once", is_flag=True, help="End after the comparison; otherwise serve on until Ctrl-C.")
 @click.option("--port", default=8080, show_default=True, help="The proxy's port; 0: any.")
-@click.option("--batch", default=4, show_default=True, help="Inputs per workflow.")
+@click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Inputs per workflow.")
 @click.option("--model", help="Model to ask for [the first served].")
 def demo(workers: tuple[str, ...], once: bool, port: int, batch: int, model: str | None) -> None:
     """Run agent workflows directly and through the proxy, and compare.
@@ -143,7 +146,10 @@ def runs(run: str | None, url: str, api_key: str | None, limit: int, workflow: s
 @_KEY
 @click.option("--analyze", is_flag=True, help="Run the workflow too, and show what happened beside the plan.")
 def explain(file: Path, url: str, api_key: str | None, analyze: bool) -> None:
-    """Show how a running proxy would execute a workflow FILE (JSON or YAML, as for POST /v1/workflows)."""
+    """Show how a proxy would run a workflow FILE.
+
+    FILE is JSON or YAML, as for POST /v1/workflows.
+    """
     from helium_proxy import terminal
 
     terminal.explain(url, api_key, file, analyze=analyze)
