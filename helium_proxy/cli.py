@@ -82,13 +82,13 @@ def serve(config_file: Path | None, workers: tuple[str, ...], host: str | None, 
         _or_fail(lambda: _run(run(complete, reload=read, started=started)))
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
+@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})  # help is its own
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def engine(context: click.Context, arguments: tuple[str, ...]) -> None:
     """Serve an embedded engine.
 
-    It simulates vLLM's scheduling and HTTP interface; its text is made up. Its own options: --help after `engine`.
+    It simulates vLLM's scheduling and HTTP interface; its text is made up.
     """
     from helium_proxy.engine.__main__ import main as run
 
