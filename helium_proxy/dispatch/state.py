@@ -148,8 +148,7 @@ class WorkerState:
         running = len(self.running)
         if not settings.admission or running == 0 or self.capacity is None:
             return running >= (settings.max_running if self.capacity or not running else settings.default_running)
-        share = settings.kv_share or self.share
-        return running >= settings.max_running or self.residency.used >= share * self.capacity
+        return running >= settings.max_running or self.residency.used >= self._limit(settings, self.capacity)
 
     def has_room(self, call: QueuedCall, settings: DispatchSettings) -> bool:
         """Whether the worker has room to run `call`: within the share of KV meant for running calls, or idle."""
@@ -160,8 +159,11 @@ class WorkerState:
             return running < settings.default_running
         if running >= settings.max_running:
             return False
-        share = settings.kv_share or self.share
-        return self.residency.used + self.needed_blocks(call) <= share * self.capacity
+        return self.residency.used + self.needed_blocks(call) <= self._limit(settings, self.capacity)
+
+    def _limit(self, settings: DispatchSettings, capacity: int) -> float:
+        """Blocks that running calls may hold."""
+        return min((settings.kv_share or self.share) * capacity, capacity - self.residency.pinned)
 
     def admit(self, assignment: Assignment) -> None:
         call = assignment.call
