@@ -131,7 +131,8 @@ def test_vllms_flags_are_those_our_containers_use():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text):
         if not re.match(r"https?://|#", target):
             assert (page.parent / target.split("#")[0]).exists(), target
 
