@@ -29,6 +29,7 @@ ROOMS: dict[str, Callable[[pytest.MonkeyPatch, Proxy], None]] = {
     "workflow finishes": lambda m, p: m.setattr(p.services.workflows, "finished", broken),
     "policy": lambda m, p: m.setattr("helium_proxy.dispatch.dispatcher.decide", broken),
     "tokenizer": lambda m, p: m.setattr("helium_proxy.planner.estimate.token_chain", broken),
+    "estimate": lambda m, p: m.setattr(type(p.services.estimator), "estimate", broken_async),
     "cache key": lambda m, p: m.setattr("helium_proxy.gateway.llm.cache_key", broken),
     "cache look-up": lambda m, p: m.setattr(type(p.services.cache), "peek", broken),
     "reply": lambda m, p: m.setattr("helium_proxy.gateway.replies.reply_of", broken),
@@ -64,7 +65,7 @@ async def test_failures_are_counted(stack: Stack, monkeypatch: pytest.MonkeyPatc
 
 async def test_what_nobody_foresaw_is_a_500_in_the_api_s_form(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = await stack.proxy(await stack.fake())
-    monkeypatch.setattr(type(proxy.services.estimator), "estimate", broken_async)
+    monkeypatch.setattr("helium_proxy.gateway.calls.Calls.serve", broken_async)
     response = await proxy.client.post("/v1/chat/completions", json=chat())
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
