@@ -22,6 +22,9 @@ from dataclasses import dataclass
 
 Chain = Sequence[int]
 
+_GHOST_MASK = 3
+"""Evicted blocks are remembered if these bits of their hash are zero: one in four stands for all."""
+
 
 @dataclass(frozen=True, slots=True)
 class ResidencyStatistics:
@@ -52,7 +55,9 @@ class WorkerResidency:
         self._told: Container[int] = ()  # blocks that KV events say are resident, kept by whoever follows those
         self._following = False
         self._due: tuple[list[int], list[int]] = ([], [])  # just left by calls, no event yet; and those before them
-        self._ghosts: OrderedDict[int, None] = OrderedDict()  # evicted, at most `capacity` of them, oldest first
+        self._ghosts: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # a sample of those evicted, oldest first; at most `capacity`
 
     def __repr__(self) -> str:
         return (
@@ -105,7 +110,7 @@ class WorkerResidency:
     def evicted(self, chain: Chain) -> int:
         """Blocks of `chain` that were resident not long ago and are not now."""
         ghosts = self._ghosts
-        return sum(block in ghosts for block in chain[self.match(chain) :])
+        return (_GHOST_MASK + 1) * sum(block in ghosts for block in chain[self.match(chain) :])
 
     def admit(self, call: str, chain: Chain, anonymous: int, *, exact: bool = False) -> int:
         """A call begins: holds its chain and `anonymous` further blocks, evicting what is in the way. Returns the
@@ -214,7 +219,8 @@ class WorkerResidency:
             count = refs.get(block)
             if count is None:
                 free.pop(block, None)
-                ghosts.pop(block, None)
+                if block & _GHOST_MASK == 0:
+                    ghosts.pop(block, None)
                 refs[block] = 1
             else:
                 refs[block] = count + 1
@@ -252,7 +258,8 @@ class WorkerResidency:
                 free[block] = None
                 spared += 1
                 continue
-            ghosts[block] = None
+            if block & _GHOST_MASK == 0:
+                ghosts[block] = None
             over -= 1
         while len(ghosts) > self.capacity:
             ghosts.popitem(last=False)

@@ -74,8 +74,10 @@ class Worker:
     failed_checks: int = 0
     last_error: str | None = None
     breaker: Breaker = field(init=False)
+    id: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.id = worker_id(self.spec.url)
         self.breaker = Breaker(
             failures=self.settings.breaker_failures,
             window_s=self.settings.breaker_window_s,
@@ -85,10 +87,6 @@ class Worker:
 
     def __repr__(self) -> str:
         return f"<Worker {self.id} {self.state} inflight={self.inflight}>"
-
-    @property
-    def id(self) -> str:
-        return worker_id(self.spec.url)
 
     @property
     def headers(self) -> dict[str, str]:
