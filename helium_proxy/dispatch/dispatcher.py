@@ -65,10 +65,7 @@ class Dispatcher:
         future: asyncio.Future[Assignment] = asyncio.get_running_loop().create_future()
         self._waiting[call.id] = future
         self.state.enqueue(call, self._clock())
-        if self._pump_due or self.state.queued > 1:
-            self._pump_soon()
-        else:
-            self._pump()  # nobody else waits, so there is nobody to decide together with
+        self._pump_soon()
         try:
             return await future
         except asyncio.CancelledError:
