@@ -15,6 +15,12 @@ from helium_proxy.types import Arrival, CallRequest, Hints
 from helium_proxy.workflow import strip_tags
 
 _USAGE_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions"})
+_PROMPTS = {
+    "/v1/chat/completions": "messages",
+    "/v1/completions": "prompt",
+    "/v1/responses": "input",
+    "/v1/messages": "messages",
+}
 _USAGE = b'"stream_options":{"include_usage":true}'
 
 
@@ -69,7 +75,12 @@ class Ticket:
     def adds_usage(self) -> bool:
         """Whether we ask for it in the client's stead, and leave the chunk out again: only where the client's options
         say nothing else (with `continuous_usage_stats` every chunk would change, and bad options are the engine's
-        to refuse)."""
+        to refuse) and there is one choice (of several, each one's last event would have to wait for the end)."""
+        body = self.request.body
+        prompt = body.get("prompt")
+        prompts = len(prompt) if isinstance(prompt, list) and not isinstance(next(iter(prompt), 0), int) else 1
+        if body.get("n") not in (None, 1) or prompts != 1:
+            return False
         options = self.request.body.get("stream_options")
         plain = options in (None, {}, {"include_usage": False}, {"include_usage": None})
         return self.stream and plain and self.request.route in _USAGE_ROUTES
@@ -99,6 +110,9 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
     escape reaches the engine as the client wrote it, and where it names a column in an error, it is the client's.
     """
     body, stripped = strip_tags(ticket.request.body)
+    if (prompt := _PROMPTS.get(ticket.request.route)) is not None and prompt not in body:
+        # The engine will refuse it, and say what it got.
+        return _encoded(body) if stripped else ticket.raw
     new = {name: value for name, value in additions.items() if name not in body}
     merged: dict[str, Any] = {
         name: {**body[name], **value}

@@ -72,8 +72,15 @@ def renamed(
     return answer
 
 
+_FINISH = b'"finish_reason":"'
+
+
 class StreamRenamer:
-    """Gives a live stream another response id, and leaves out the usage event that was not asked for."""
+    """Gives a live stream another response id, and leaves out the usage event that was not asked for.
+
+    Without that event vLLM would have put the `system_fingerprint` into the event that finishes a choice: so this one
+    is held until the next has come, which is there at once.
+    """
 
     def __init__(
         self, route: str, new_id: str, include_usage: bool, request: Mapping[str, Any] | None = None
@@ -84,8 +91,10 @@ class StreamRenamer:
         self._new = orjson.dumps(new_id)
         self._request = request
         self._drop_usage = not include_usage and self._family in (Family.CHAT, Family.COMPLETIONS)
-        # State: the original's id in quotes, once an event has named it; bytes of an unfinished event.
+        # State: the original's id in quotes, once an event has named it; an event that finishes a choice, held; bytes
+        # of an unfinished event.
         self._old: bytes | None = None
+        self._held = b""
         self._split = EventSplitter()
 
     def __repr__(self) -> str:
@@ -93,8 +102,8 @@ class StreamRenamer:
 
     @property
     def rest(self) -> bytes:
-        """An event the stream left unfinished."""
-        return self._split.rest
+        """An event still held, and one that the stream left unfinished."""
+        return self._held + self._split.rest
 
     def feed(self, chunk: bytes) -> bytes:
         """The events that `chunk` completes, as this request's own."""
@@ -103,8 +112,15 @@ class StreamRenamer:
     def _own(self, event: bytes) -> bytes:
         if self._old is None:
             self._old = self._find_id(event)
-        if self._drop_usage and b'"choices":[]' in event and b'"usage":{' in event:
-            return b""
+        if self._drop_usage:
+            held, self._held = self._held, b""
+            if b'"choices":[]' in event and b'"usage":{' in event:
+                return _stamped(held, event)
+            event = event.replace(self._old, self._new) if self._old is not None else event
+            if _FINISH in event:
+                self._held = event
+                return held
+            return held + event
         if self._family is Family.RESPONSES and self._request is not None and b'"response":{' in event:
             value = orjson.loads(payload(event))
             value["response"] = renamed(value["response"], self._route, self._new_id, self._request)
@@ -122,3 +138,15 @@ class StreamRenamer:
             return orjson.dumps(value["id"])
         except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError):
             return None
+
+
+def _stamped(finish: bytes, usage: bytes) -> bytes:
+    """The event `finish` with the `system_fingerprint` of the usage event that came in its place."""
+    try:
+        mark = orjson.loads(payload(usage)).get("system_fingerprint")
+    except (orjson.JSONDecodeError, AttributeError):
+        return finish
+    end = finish.rfind(b"}")
+    if mark is None or end < 0 or b'"system_fingerprint"' in finish:
+        return finish
+    return finish[:end] + b',"system_fingerprint":' + orjson.dumps(mark) + finish[end:]

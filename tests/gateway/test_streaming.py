@@ -7,7 +7,11 @@ from typing import Any
 
 import orjson
 import pytest
-from serving import CHAT, SLOW, Seen, Stack, chat, events, http_client, until
+from serving import CHAT, SLOW, USAGE, Seen, Stack, chat, events, http_client, until
+
+
+QUIET = {"prewarm": False, "lookahead": False, "pins": False}
+"""The proxy asks engines for nothing of its own accord."""
 
 
 def deltas(raw: bytes) -> list[str]:
@@ -55,7 +59,7 @@ async def test_an_event_cut_in_two_is_whole_at_the_client(stack: Stack) -> None:
 
 async def test_a_client_that_leaves_a_stream_ends_it_at_the_engine(stack: Stack) -> None:
     engine = await stack.engine(profile=SLOW)
-    proxy = await stack.proxy(engine)
+    proxy = await stack.proxy(engine, directives=QUIET)
     for temperature in (0, 1):
         async with proxy.stream(
             f"t{temperature}", max_tokens=1000, ignore_eos=True, temperature=temperature
@@ -74,7 +78,7 @@ async def _idle(running: Any) -> bool:
 @pytest.mark.parametrize("temperature", [0, 1])
 async def test_a_client_that_leaves_before_the_answer_ends_it_at_the_engine(stack: Stack, temperature: int) -> None:
     engine = await stack.engine(profile=SLOW)
-    proxy = await stack.proxy(engine)
+    proxy = await stack.proxy(engine, directives=QUIET)
     async with http_client(proxy.url) as client:
         call = asyncio.create_task(
             client.post(CHAT, json=chat(max_tokens=1000, ignore_eos=True, temperature=temperature))
@@ -200,6 +204,32 @@ async def test_usage_is_asked_for_in_the_client_s_stead_and_left_out_again(stack
     assert calls is not None
     assert calls["nodes"][0]["prompt_tokens"] == 10
     assert calls["nodes"][0]["output_tokens"] == 2
+
+
+async def test_the_fingerprint_is_where_it_would_be_without_us(stack: Stack) -> None:
+    """vLLM puts it into the usage chunk, and into the finishing one where no usage was asked for."""
+
+    async def vllm(seen: Seen) -> None:
+        usage = (seen.body.get("stream_options") or {}).get("include_usage")
+        await seen.open_stream()
+        await seen.delta("ok")
+        mark = {"system_fingerprint": "fp-1"}
+        final = {"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}
+        await seen.event({**seen.envelope("chat.completion.chunk"), "choices": [final], **({} if usage else mark)})
+        if usage:
+            await seen.event({**seen.envelope("chat.completion.chunk"), "choices": [], "usage": USAGE, **mark})
+        await seen.done()
+
+    worker = await stack.fake(always=vllm)
+    proxy = await stack.proxy(worker, reuse={"enabled": False})
+    for temperature in (0, 1):
+        async with proxy.stream(temperature=temperature) as response:
+            found = events(await response.aread())
+        assert worker.seen[-1].body["stream_options"] == {"include_usage": True}
+        assert [d.get("system_fingerprint") for _, d in found[:-1]] == [None, "fp-1"]
+        async with proxy.stream(n=2, temperature=temperature) as response:
+            await response.aread()
+        assert "stream_options" not in worker.seen[-1].body, "of several choices each would have to wait for the end"
 
 
 async def test_a_slow_reader_holds_the_worker_back(stack: Stack) -> None:
