@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from dataclasses import replace
+from typing import Any
 
-from serving import Engine, Proxy, Seen, Stack, answer, until
+import pytest
+from serving import CHAT, Engine, Proxy, Seen, Stack, answer, until
+
+from helium_proxy import metrics
+from helium_proxy.residency.directives import Prefixes
 
 ANYWHERE = "tcp://127.0.0.1:0"
 
@@ -143,3 +150,223 @@ async def test_passthrough_asks_nothing_and_follows_nobody(stack: Stack) -> None
     (worker,) = proxy.services.pool.all()
     assert not worker.facts.has_priority
     assert not proxy.services.events.followed(worker.id)
+
+
+# -- pins
+
+
+ROLE = "You are a careful reviewer. " + words(200, 99)
+NO_REUSE = {"enabled": False, "coalesce": False}
+
+
+def body(role: str, question: str, node: str, run: str, **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "system", "content": role}, {"role": "user", "content": question}]
+    helium = {"workflow": "review", "node": node, "run": run, **fields.pop("helium", {})}
+    return {"model": "demo", "messages": messages, "max_tokens": 2, "temperature": 0, "helium": helium, **fields}
+
+
+async def cached(proxy: Proxy, asked: dict[str, Any]) -> int:
+    """Prompt tokens that the engine found cached."""
+    response = await proxy.client.post(CHAT, json=asked)
+    assert response.status_code == 200, response.text
+    return int(response.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+async def flood(proxy: Proxy, blocks: int, seed: int) -> None:
+    """Unrelated calls that fill so many blocks."""
+    for i in range(blocks // 40):
+        assert (await proxy.chat(words(100, seed + i), max_tokens=1)).status_code == 200
+
+
+async def batch(proxy: Proxy, seed: int, runs: int = 3, **fields: Any) -> list[int]:
+    return [
+        await cached(proxy, body(ROLE, words(3, seed + i), "critic", f"{seed}-{i}", **fields)) for i in range(runs)
+    ]
+
+
+async def planned(proxy: Proxy) -> None:
+    ahead = proxy.services.ahead
+    await until(lambda: all(site.pins.planned for site in ahead._sites.values()) and ahead._sites, what="a plan")
+
+
+@pytest.mark.parametrize("pins", [True, False])
+async def test_a_workflow_s_static_prefix_outlives_a_flood(stack: Stack, pins: bool) -> None:
+    engine = await stack.engine(num_blocks=256, max_model_len=2048)
+    directives = {"pins": pins, "prewarm": False, "lookahead": False}
+    proxy = await stack.proxy(engine, reuse=NO_REUSE, directives=directives)
+    await probed(proxy)
+    static = (await batch(proxy, 1000))[-1]
+    assert static > 256
+    if pins:
+        await planned(proxy)
+        await batch(proxy, 1500)
+        (worker,) = proxy.services.pool.all()
+        await until(lambda: worker.facts.pinned_blocks)
+        assert worker.facts.pinned_blocks == static // 16
+        (told,) = (await proxy.client.get("/helium/workers")).json()["workers"]
+        assert list(told["pins"].values()) == [static // 16]
+    await flood(proxy, 5 * 256, 7000)
+    assert await cached(proxy, body(ROLE, "And now?", "critic", "last")) == (static if pins else 0)
+
+
+async def test_pins_ride_on_streams_and_are_never_a_client_s(stack: Stack) -> None:
+    worker = await stack.fake(kv_blocks=1000)
+    worker.card = lambda model: {"id": model, "owned_by": "vllm"}  # type: ignore[method-assign]
+    proxy = await stack.proxy(worker, reuse=NO_REUSE)
+    (watched,) = proxy.services.pool.all()
+    await until(lambda: watched.facts.has_priority and watched.facts.num_blocks)
+    watched.facts = replace(watched.facts, has_plugin=True)
+    theirs = {"kv_transfer_params": {"helium": {"pin": "mine"}, "other": 1}}
+    for i in range(3):
+        await proxy.client.post(CHAT, json=body(ROLE, words(3, i), "critic", str(i), stream=True, **theirs))
+    await planned(proxy)
+    await proxy.client.post(CHAT, json=body(ROLE, "x", "critic", "y", stream=True, **theirs))
+    sent = [s.body.get("kv_transfer_params") for s in worker.seen if s.path == CHAT]
+    assert sent[:3] == [{"other": 1}] * 3
+    assert sent[3]["other"] == 1
+    assert sent[3]["helium"]["pin"].startswith("critic@")
+    assert sent[3]["helium"]["tokens"] % 16 == 0
+
+
+async def test_a_refused_pin_costs_nothing(stack: Stack) -> None:
+    engine = await stack.engine(num_blocks=256, max_model_len=2048, pin_budget=0.0)
+    proxy = await stack.proxy(engine, reuse=NO_REUSE)
+    await probed(proxy)
+    (worker,) = proxy.services.pool.all()
+    worker.facts = replace(worker.facts, pin_budget_blocks=100)  # as it says; then it has changed its mind
+    await batch(proxy, 1000)
+    proxy.services.ahead._tick()
+    worker.facts = replace(worker.facts, pin_budget_blocks=100)
+    proxy.services.ahead._tick()
+    refused = metrics.DIRECTIVES.labels("pin", "error")._value.get()
+    assert len(await batch(proxy, 2000)) == 3
+    assert metrics.DIRECTIVES.labels("pin", "error")._value.get() == refused + 1
+    assert proxy.services.dispatcher.state.workers[worker.id].residency.pinned == 0
+
+
+async def test_pins_are_renewed_on_idle_capacity_and_given_back_when_cold(stack: Stack) -> None:
+    engine = await stack.engine(num_blocks=256, max_model_len=2048)
+    proxy = await stack.proxy(engine, reuse=NO_REUSE, directives={"pin_ttl_s": 3.0, "prewarm": False})
+    await probed(proxy)
+    (worker,) = proxy.services.pool.all()
+    await batch(proxy, 1000)
+    await planned(proxy)
+    renewed = metrics.DIRECTIVES.labels("renew", "ok")._value.get()
+    await batch(proxy, 2000)
+    site = proxy.services.ahead._sites[worker.id]
+    await until(lambda: metrics.DIRECTIVES.labels("renew", "ok")._value.get() > renewed, within=6)
+    await until(lambda: worker.facts.pinned_blocks)
+    proxy.services.ahead._prefixes = Prefixes()
+    await until(lambda: worker.facts.pinned_blocks == 0, within=6)
+    assert not site.pins.planned
+    assert proxy.services.dispatcher.state.workers[worker.id].residency.pinned == 0
+
+
+async def test_without_the_plugin_a_lost_prefix_is_prefilled_again_when_the_worker_idles(stack: Stack) -> None:
+    engine = await stack.engine(num_blocks=256, max_model_len=2048)
+    proxy = await stack.proxy(engine, reuse=NO_REUSE, pool={"probe": False})
+    (worker,) = proxy.services.pool.all()
+    static = (await batch(proxy, 1000))[-1]
+    await planned(proxy)
+    lost = metrics.PREFIXES_LOST.labels(worker.id)
+    before, calls = lost._value.get(), metrics.PREWARM_TOKENS.labels("static")._value.get()
+    proxy.services.ahead._tick()
+    await flood(proxy, 5 * 256, 7000)
+    await until(lambda: metrics.PREWARM_TOKENS.labels("static")._value.get() > calls, within=5)
+    assert lost._value.get() >= before
+    assert await cached(proxy, body(ROLE, "And now?", "critic", "last")) == static
+    text = (await proxy.client.get("/metrics")).text
+    assert 'helium_calls_total{fate="computed",model="demo",node="critic"' in text
+    assert proxy.services.dispatcher.statistics().running == 0
+
+
+# -- lookahead
+
+
+async def two_steps(proxy: Proxy, run: str, think_s: float, role: str = ROLE) -> int:
+    """An author, a while of thinking, a critic; the critic's cached tokens."""
+    await cached(proxy, body("You are an author.", words(5, hash(run) % 1000), "author", run))
+    await asyncio.sleep(think_s)
+    helium = {"parents": ["author"], "final": True}
+    return await cached(proxy, body(role, words(5, hash(run) % 999), "critic", run, helium=helium))
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+async def test_the_next_call_s_prefix_is_there_when_it_comes(stack: Stack, lookahead: bool) -> None:
+    engine = await stack.engine(num_blocks=256, max_model_len=2048)
+    directives = {"pins": False, "min_think_s": 0.05, "lookahead": lookahead}
+    proxy = await stack.proxy(engine, reuse=NO_REUSE, directives=directives)
+    used, wasted = (metrics.LOOKAHEAD.labels(r)._value.get() for r in ("used", "wasted"))
+    for i in range(3):
+        static = await two_steps(proxy, f"learn-{i}", 0.1)
+    await flood(proxy, 5 * 256, 7000)
+    calls = proxy.services.workflows.statistics().calls
+    found = await two_steps(proxy, "after", 0.6)
+    assert found == (static if lookahead else 0)
+    assert metrics.LOOKAHEAD.labels("used")._value.get() == used + lookahead
+    assert metrics.LOOKAHEAD.labels("wasted")._value.get() == wasted
+    assert proxy.services.workflows.statistics().calls == calls + 2, "a prewarm is no call"
+
+
+async def test_a_prewarm_gives_way_to_a_real_call(stack: Stack) -> None:
+    gone = asyncio.Event()
+
+    async def slow(seen: Seen) -> None:
+        if seen.path == "/v1/completions":
+            await seen.gone()
+            gone.set()
+        else:
+            await seen.json({**seen.completion(), "usage": {"prompt_tokens": 2000, "completion_tokens": 2}})
+
+    engine = await stack.engine(num_blocks=256, max_model_len=2048)
+    worker = await stack.fake(always=slow, kv_blocks=1000)
+    proxy = await stack.proxy(worker, reuse=NO_REUSE, directives={"pins": False, "min_think_s": 0.02})
+    services = proxy.services
+    teacher = await stack.proxy(engine)
+    await until(lambda: teacher.services.tokenizers.get("demo"))
+    services.tokenizers._tokenizers["demo"] = teacher.services.tokenizers.get("demo")
+    services.tokenizers._block_sizes["demo"] = 16
+
+    async def run(name: str) -> None:
+        await proxy.client.post(CHAT, json=body("You are an author.", name, "author", name))
+        await asyncio.sleep(0.05)
+        helium = {"parents": ["author"], "final": True}
+        await proxy.client.post(CHAT, json=body(ROLE, name, "critic", name, helium=helium))
+
+    for i in range(3):
+        await run(f"learn-{i}")
+    (known,) = services.dispatcher.state.workers.values()
+    known.residency.clear()
+    await proxy.client.post(CHAT, json=body("You are an author.", "x", "author", "x"))
+    await until(lambda: worker.inside == 1, what="a prewarm")
+    prewarm = worker.seen[-1]
+    assert prewarm.body["max_tokens"] == 1
+    assert len(prewarm.body["prompt"]) > 256
+    skipped = metrics.LOOKAHEAD.labels("skipped")._value.get()
+    await proxy.chat("something else")
+    await asyncio.wait_for(gone.wait(), 5)
+    assert known.residency.used == 0
+    assert metrics.LOOKAHEAD.labels("skipped")._value.get() >= skipped
+
+
+async def test_passthrough_sends_nothing_ahead(stack: Stack) -> None:
+    engine = await stack.engine(num_blocks=256, max_model_len=2048)
+    proxy = await stack.proxy(engine, mode="passthrough")
+    for i in range(3):
+        await two_steps(proxy, f"r{i}", 0.05)
+    proxy.services.ahead._tick()
+    assert not proxy.services.ahead._sites
+    assert not len(proxy.services.ahead._prefixes)
+
+
+async def test_a_failure_ahead_costs_no_answer(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = await stack.engine()
+    proxy = await stack.proxy(engine)
+    failed = metrics.FAIL_OPEN.labels("directives")._value.get()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(proxy.services.ahead._prefixes, "learn", fail)
+    assert (await proxy.chat(ROLE)).status_code == 200
+    assert metrics.FAIL_OPEN.labels("directives")._value.get() == failed + 1

@@ -9,7 +9,6 @@ import orjson
 import pytest
 from serving import CHAT, SLOW, USAGE, Seen, Stack, chat, events, http_client, until
 
-
 QUIET = {"prewarm": False, "lookahead": False, "pins": False}
 """The proxy asks engines for nothing of its own accord."""
 
@@ -65,7 +64,7 @@ async def test_a_client_that_leaves_a_stream_ends_it_at_the_engine(stack: Stack)
             f"t{temperature}", max_tokens=1000, ignore_eos=True, temperature=temperature
         ) as response:
             await anext(response.aiter_raw())
-            assert await engine.running(proxy.client) == 1
+            assert await engine.running(proxy.client) >= 1
         await until(lambda: _idle(engine.running(proxy.client)), within=1.0)
     await until(lambda: proxy.services.in_flight == 0)
     assert proxy.services.dispatcher.statistics().running == 0
@@ -83,17 +82,18 @@ async def test_a_client_that_leaves_before_the_answer_ends_it_at_the_engine(stac
         call = asyncio.create_task(
             client.post(CHAT, json=chat(max_tokens=1000, ignore_eos=True, temperature=temperature))
         )
-        await until(lambda: _one(engine.running(proxy.client)))
+        (worker,) = proxy.services.pool.all()
+        await until(lambda: worker.inflight == 1)
+        await until(lambda: _some(engine.running(proxy.client)))
         call.cancel()
     await until(lambda: _idle(engine.running(proxy.client)), within=1.0)
     await until(lambda: proxy.services.in_flight == 0)
-    (worker,) = proxy.services.pool.all()
     assert worker.inflight == 0
     assert proxy.services.dispatcher.statistics().running == 0
 
 
-async def _one(running: Any) -> bool:
-    return await running == 1
+async def _some(running: Any) -> bool:
+    return await running > 0
 
 
 async def test_a_client_that_leaves_the_queue_is_taken_out_of_it(stack: Stack) -> None:
