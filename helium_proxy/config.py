@@ -77,6 +77,9 @@ class DirectiveSettings(_Section):
     lookahead: bool = Field(True, description="Prefill what the template says comes next while the client thinks.")
     min_think_s: float = Field(0.2, ge=0, description="Shorter think times leave nothing to gain by lookahead.")
     min_probability: float = Field(0.7, ge=0, le=1, description="Of a next call, to prewarm it.")
+    busy_calls: int = Field(
+        0, ge=0, description="A worker that runs more calls than this is not idle: nothing is sent ahead to it."
+    )
     min_tokens: int = Field(256, ge=1, description="Prefixes shorter than this are not worth a directive.")
 
 

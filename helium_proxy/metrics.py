@@ -156,6 +156,9 @@ DIRECTIVES = _counter(
 )
 PREWARM_TOKENS = _counter("helium_prewarm_tokens_total", "Prompt tokens sent ahead of need.", ["reason"])
 LOOKAHEAD = _counter("helium_lookahead_total", "Prewarmed prefixes: used, wasted, skipped.", ["result"])
+PREFIXES_LOST = _counter(
+    "helium_prefixes_lost_total", "Static prefixes worth keeping that a worker has evicted.", ["worker"]
+)
 KV_EVENTS = _counter("helium_kv_events_total", "KV events received.", ["worker", "kind"])
 KV_GAPS = _counter("helium_kv_event_gaps_total", "Gaps in the sequence of KV events.", ["worker"])
 
@@ -165,7 +168,7 @@ for _family, _values in (
     (LOOKAHEAD, ("used", "wasted", "skipped")),
     (EDGES, ("tag", "native", "inferred")),
     (ERRORS, ("queue_full", "no_worker", "upstream_error", "draining", "deadline_exceeded", "invalid_api_key")),
-    (FAIL_OPEN, ("workflow", "dispatch", "tokenizer")),
+    (FAIL_OPEN, ("workflow", "dispatch", "tokenizer", "directives", "kv_events")),
     (RETRIES, ("stale", "refused", "lost", "timeout")),
 ):
     for _value in _values:
@@ -177,7 +180,7 @@ for _kind in ("pin", "renew", "unpin", "prewarm"):
 
 def start_worker(worker: str) -> None:
     """Start the counters of a new worker at 0."""
-    for family in (BREAKER_OPENS, KV_GAPS, PREDICTED_CACHED, ACTUAL_CACHED):
+    for family in (BREAKER_OPENS, KV_GAPS, PREFIXES_LOST, PREDICTED_CACHED, ACTUAL_CACHED):
         family.labels(worker)
     for kind in ("stored", "removed", "cleared"):
         KV_EVENTS.labels(worker, kind)

@@ -21,6 +21,7 @@ from helium_proxy.config import Settings
 from helium_proxy.dispatch.dispatcher import Dispatcher
 from helium_proxy.errors import HeliumError, InvalidRequest, NotFound, Unauthorized
 from helium_proxy.gateway.admin import admin_routes
+from helium_proxy.gateway.ahead import Ahead
 from helium_proxy.gateway.auth import Keyring
 from helium_proxy.gateway.events import EventFeeds
 from helium_proxy.gateway.llm import PLANNED, LlmRoutes
@@ -82,6 +83,8 @@ def build_services(settings: Settings) -> Services:
     dispatcher = Dispatcher(settings.dispatch, pool, clock=time.monotonic)
     events = EventFeeds(client, tokenizers, dispatcher.state, enabled=settings.pool.kv_events)
     store = SqliteTemplateStore(settings.store.path) if settings.store.path else None
+    workflows = Workflows(settings.workflow, store)
+    ahead = Ahead(settings.directives, pool, client, dispatcher.state, tokenizers, workflows, clock=time.monotonic)
     reuse = settings.reuse
     return Services(
         settings=settings,
@@ -92,12 +95,13 @@ def build_services(settings: Settings) -> Services:
         dispatcher=dispatcher,
         tokenizers=tokenizers,
         estimator=Estimator(tokenizers, default_output_tokens=settings.dispatch.default_output_tokens),
-        workflows=Workflows(settings.workflow, store),
+        workflows=workflows,
         cache=build_cache(reuse),
         coalescer=Coalescer(reuse.coalesce_window_bytes) if reuse.coalesce else None,
         keyring=Keyring(settings.auth),
         background=background,
         events=events,
+        ahead=ahead,
         tracer=make_tracer(
             enabled=settings.tracing.enabled,
             service_name=settings.tracing.service_name,
@@ -118,6 +122,7 @@ def create_app(settings: Settings) -> FastAPI:
         if services.keyring.open:
             log.warning("no API key is configured: everybody who can reach this address may call")
         services.background.start(_tick(services))
+        services.background.start(services.ahead.run())
         try:
             yield
         finally:

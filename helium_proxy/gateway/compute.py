@@ -16,6 +16,7 @@ import structlog
 from helium_proxy import metrics
 from helium_proxy.dispatch.state import Assignment, QueuedCall
 from helium_proxy.errors import HeliumError, NoWorker, UpstreamFailed
+from helium_proxy.gateway.ahead import Ended, Source
 from helium_proxy.gateway.replies import Reply, read_reply
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.ticket import Ticket, payload
@@ -209,7 +210,17 @@ class _Exchange:
             fields["priority"] = self._assignment.engine_priority
         if self._ticket.salt:
             fields["cache_salt"] = self._ticket.salt
+        if (directive := self._directive()) is not None:
+            fields["kv_transfer_params"] = {"helium": directive}
         return fields
+
+    def _directive(self) -> dict[str, Any] | None:
+        services, ticket, call = self._services, self._ticket, self._call
+        if ticket.arrival is None:
+            return None
+        key = (ticket.arrival.template, ticket.node, call.model)
+        source = source_of(services, ticket)
+        return services.ahead.sent(call, key, ticket.arrival.run, source, self._worker)
 
     async def _finish_whole(self, status: int, body: bytes) -> None:
         if status != 200:
@@ -272,6 +283,9 @@ class _Exchange:
             cached_tokens=reply.cached_tokens,
             output_tokens=reply.output_tokens,
         )
+        services.ahead.done(
+            self._call, self._worker.id, ok=ok, report=reply.directive, whole=ok and not ticket.stream
+        )
         now = services.clock()
         started = ticket.started_at or now
         if ok:
@@ -329,11 +343,23 @@ def report(
     try:
         if ticket.arrival is not None:
             services.workflows.finished(ticket.arrival.call, outcome, now)
+            if fate != "error":
+                template, source = ticket.arrival.template, source_of(services, ticket)
+                services.ahead.ended(Ended(ticket.arrival.call, template, ticket.worker, source, reply.text))
         _trace(ticket, outcome)
     except Exception:
         log.exception("workflow bookkeeping failed")
         metrics.FAIL_OPEN.labels("workflow").inc()
     count(services, ticket, fate, reply, now)
+
+
+def source_of(services: Services, ticket: Ticket) -> Source:
+    """What the tokens of a call's prompt can be made from later."""
+    request = ticket.request
+    own = request.body.get("cache_salt")
+    salt = ticket.salt or (own if isinstance(own, str) else "")
+    size = services.tokenizers.block_size(request.model)
+    return Source(request.route, request.model, request.body, salt, size)
 
 
 def _trace(ticket: Ticket, outcome: Outcome) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from helium_proxy.config import Settings
 from helium_proxy.dispatch.dispatcher import Dispatcher
+from helium_proxy.gateway.ahead import Ahead
 from helium_proxy.gateway.auth import Keyring
 from helium_proxy.gateway.events import EventFeeds
 from helium_proxy.gateway.tracing import NullTracer, Tracer
@@ -60,6 +61,7 @@ class Services:
     keyring: Keyring
     background: Background
     events: EventFeeds
+    ahead: Ahead
     tracer: Tracer = field(default_factory=NullTracer)
     # -- state
     closers: list[Callable[[], Awaitable[None]]] = field(default_factory=list)

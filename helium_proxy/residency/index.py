@@ -185,7 +185,8 @@ class WorkerResidency:
         """The engine says that it has evicted these."""
         for block in blocks:
             self._free.pop(block, None)
-            self._ghosts[block] = None
+            if block & _GHOST_MASK == 0:
+                self._ghosts[block] = None
         while len(self._ghosts) > self.capacity:
             self._ghosts.popitem(last=False)
 

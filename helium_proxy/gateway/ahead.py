@@ -1,0 +1,519 @@
+"""What is done ahead of need: static prefixes pinned where they are used, and prefilled before they are asked for.
+
+Pins ride on calls that are made anyway. Everything else is a *prewarm*: one token of a prompt that is nothing but the
+prefix, straight to a worker, on idle capacity alone. It is cut off as soon as that worker is given a real call
+(unless that is the very call it was meant for), and it is no call: no run, no metric of calls sees it.
+
+- **pins**, on workers with the plugin: renewed before they lapse by the next call of the prefix, or by a one-token
+  call while the worker idles;
+- **re-touching**, on workers without it: a static prefix that others' blocks are about to push out is asked for again
+  while the worker idles, and one that was pushed out is prefilled again;
+- **lookahead**: when a call has ended, the prefix of the next one is prefilled while the client still thinks.
+
+Nothing here may cost an answer: every entry point swallows its own failures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+import structlog
+
+from helium_proxy import metrics
+from helium_proxy.config import DirectiveSettings
+from helium_proxy.dispatch.state import DispatchState, QueuedCall, WorkerState
+from helium_proxy.residency.chain import token_chain
+from helium_proxy.residency.directives import MEMORY_S, Key, Pin, PinBook, Prefixes, choose, name_of
+from helium_proxy.residency.index import Chain
+from helium_proxy.residency.kv_book import salt_of
+from helium_proxy.residency.registry import Tokenizers
+from helium_proxy.residency.tokens import CannotTokenize
+from helium_proxy.workers.pool import Pool
+from helium_proxy.workers.upstream import SendFailed, UpstreamClient
+from helium_proxy.workers.worker import Worker
+from helium_proxy.workflow import Prediction, Workflows
+
+log = structlog.get_logger(__name__)
+
+_TICK_S = 1.0
+_LAST = 2_000_000_000
+"""The engine's priority of a prewarm: after everything else."""
+_TOUCH = 0.4
+"""Of a worker's blocks: once so many were filled since a prefix was last used there, it may be next to go."""
+_SOURCE_TOKENS = 65_536
+_MAX_ENDED = 256
+_MAX_AWAITED = 256
+_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a prefix's tokens can be made from: a call that begins with it."""
+
+    route: str
+    model: str
+    body: Mapping[str, Any]
+    salt: str
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A call that has been answered."""
+
+    call: str
+    template: str
+    worker: str | None
+    source: Source
+    reply: str | None
+
+
+@dataclass(slots=True)
+class _Prewarm:
+    """One that is under way."""
+
+    task: asyncio.Task[None]
+    chain: Chain
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """A prefilled prefix whose call is still to come."""
+
+    worker: str
+    blocks: int
+    until: float
+
+
+@dataclass(slots=True)
+class _Site:
+    """One worker as seen from here."""
+
+    pins: PinBook
+    epoch: int
+    filled: int = 0
+    """Blocks that calls have filled there."""
+    used: dict[str, int] = field(default_factory=dict)
+    """prefix → `filled` when it was last used; the planned ones."""
+    resident: set[str] = field(default_factory=set)
+    """Planned prefixes that were resident at the last look."""
+    prewarm: _Prewarm | None = None
+
+
+class Ahead:
+    """See the module. `sent`, `done` and `ended` are told of every call, and return at once."""
+
+    def __init__(
+        self,
+        settings: DirectiveSettings,
+        pool: Pool,
+        client: UpstreamClient,
+        state: DispatchState,
+        tokenizers: Tokenizers,
+        workflows: Workflows,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._client = client
+        self._state = state
+        self._tokenizers = tokenizers
+        self._workflows = workflows
+        self._clock = clock
+        self._ids = itertools.count()
+        self._enabled = settings.pins or settings.prewarm or settings.lookahead
+        # -- state
+        self._prefixes = Prefixes()
+        self._sites: dict[str, _Site] = {}
+        self._asked: dict[str, str] = {}  # call under way → the pin its directive names
+        self._ended: deque[Ended] = deque(maxlen=_MAX_ENDED)  # calls whose successors are to be looked up
+        self._wake = asyncio.Event()
+        self._awaited: OrderedDict[int, _Awaited] = OrderedDict()  # last block of a prefilled prefix → what it is for
+
+    def __repr__(self) -> str:
+        return f"<Ahead {self._prefixes!r}, {len(self._awaited)} awaited>"
+
+    # -- what calls tell
+
+    def sent(self, call: QueuedCall, key: Key, run: str, source: Source, worker: Worker) -> dict[str, Any] | None:
+        """A call goes to `worker`. Returns the directive to send along, if one is due."""
+        if not self._enabled:
+            return None
+        try:
+            return self._sent(call, key, run, source, worker)
+        except Exception:
+            log.exception("directives failed; the call goes without")
+            metrics.FAIL_OPEN.labels("directives").inc()
+            return None
+
+    def _sent(self, call: QueuedCall, key: Key, run: str, source: Source, worker: Worker) -> dict[str, Any] | None:
+        now, chain = self._clock(), call.chain
+        site = self._site(worker)
+        if site.prewarm is not None and not _begins(chain, site.prewarm.chain):
+            site.prewarm.task.cancel()
+        self._meet(chain, worker.id)
+        if not chain:
+            return None
+        if not call.exact:  # chains of text and of tokens have nothing in common
+            key = (key[0], key[1], f"{key[2]}\x1ftext")
+        kept = source if call.exact and call.prompt_tokens <= _SOURCE_TOKENS else None
+        self._prefixes.learn(key, run, chain, worker.id, now, kept)
+        known = self._state.workers.get(worker.id)
+        if known is not None:  # `call` is admitted already: what it found is in its own notes
+            site.filled += len(chain) - call.hits.get(worker.id, (0, 0))[1] + known.anonymous_blocks(call)
+        name = name_of(key)
+        pin = site.pins.planned.get(name)
+        if pin is None or not _begins(chain, pin.chain):
+            return None
+        site.used[name] = site.filled
+        if not (self._settings.pins and worker.facts.has_plugin):
+            return None
+        directive = site.pins.directive(name, call.block_size, now)
+        if directive is not None:
+            self._asked[call.id] = name
+        return directive
+
+    def done(self, call: QueuedCall, worker: str, *, ok: bool, report: Mapping[str, Any] | None, whole: bool) -> None:
+        """A call that was `sent` is over. `report`: the engine's word on the directive, which only `whole` answers
+        (not streams) carry."""
+        name = self._asked.pop(call.id, None)
+        site = self._sites.get(worker)
+        if name is None or site is None:
+            return
+        if not ok:
+            site.pins.forget(name)
+        elif whole and (report is None or report.get("error")):
+            metrics.DIRECTIVES.labels("pin", "error").inc()
+            log.info("pin refused", worker=worker, pin=name, error=(report or {}).get("error"))
+            site.pins.refused(name, self._clock())
+        else:
+            metrics.DIRECTIVES.labels("pin", "ok").inc()
+            self._pinned(site, worker, name)
+
+    def ended(self, ended: Ended) -> None:
+        """A call has been answered, by whatever means: what follows it is looked up in a moment."""
+        if self._settings.lookahead:
+            self._ended.append(ended)
+            self._wake.set()
+
+    # -- the loop
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        if not self._enabled:
+            return
+        due = self._clock() + _TICK_S
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(max(0.0, due - self._clock())):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass
+                self._wake.clear()
+                try:
+                    while self._ended:
+                        await self._look_ahead(self._ended.popleft())
+                    if self._clock() >= due:
+                        due = self._clock() + _TICK_S
+                        self._tick()
+                except Exception:
+                    log.exception("working ahead failed")
+                    metrics.FAIL_OPEN.labels("directives").inc()
+        finally:
+            tasks = [site.prewarm.task for site in self._sites.values() if site.prewarm is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _tick(self) -> None:
+        now = self._clock()
+        while self._awaited and (oldest := next(iter(self._awaited.values()))).until <= now:
+            self._awaited.popitem(last=False)
+            metrics.LOOKAHEAD.labels("wasted").inc()
+            log.debug("prewarmed in vain", worker=oldest.worker)
+        for gone in self._sites.keys() - {w.id for w in self._pool}:
+            del self._sites[gone]
+        if self._settings.pins:
+            for worker in self._pool:
+                if worker.state == "up" and (known := self._state.workers.get(worker.id)) is not None:
+                    self._tend(worker, known, now)
+
+    def _tend(self, worker: Worker, known: WorkerState, now: float) -> None:
+        """Plans a worker's pins anew, and sends what is due if it is idle."""
+        settings, site = self._settings, self._site(worker)
+        size = known.block_size
+        if not size or not known.capacity:
+            return
+        budget = int(settings.pin_share * known.capacity)
+        if worker.facts.pin_budget_blocks is not None:
+            budget = min(budget, worker.facts.pin_budget_blocks)
+        least = max(1, settings.min_tokens // size)
+        # A lone use is forgotten after its half-life.
+        wanted = self._prefixes.used_on(worker.id, now, least_blocks=least, least_uses_s=0.5 / MEMORY_S)
+        pins = choose(wanted, budget, known.rates.work(size, 0), least)
+        for name in site.pins.plan(pins, now):
+            known.residency.unpin(name)
+        site.used = {pin.name: site.used.get(pin.name, site.filled) for pin in pins}
+        self._count_losses(site, worker, known)
+        if not self._idle(worker, known) or site.prewarm is not None:
+            return
+        renewals, surplus = site.pins.renewals(now), site.pins.surplus()
+        if worker.facts.has_plugin and renewals:
+            self._tell(site, worker, "renew", renewals[0].name)
+        elif worker.facts.has_plugin and surplus:
+            self._tell(site, worker, "unpin", surplus[0])
+        elif settings.prewarm:
+            self._touch(site, worker, known.capacity, size, now)
+
+    def _count_losses(self, site: _Site, worker: Worker, known: WorkerState) -> None:
+        whole = {n for n, pin in site.pins.planned.items() if known.residency.match(pin.chain) == len(pin.chain)}
+        lost = (site.resident & site.pins.planned.keys()) - whole
+        if lost:
+            metrics.PREFIXES_LOST.labels(worker.id).inc(len(lost))
+        site.resident = whole
+
+    def _touch(self, site: _Site, worker: Worker, capacity: int, size: int, now: float) -> None:
+        """Prefills the worthiest prefix that has been lost, or is about to be."""
+        for name, pin in site.pins.planned.items():
+            pinned = site.pins.held(name)
+            fresh = pinned or site.filled - site.used.get(name, 0) < _TOUCH * capacity
+            if (fresh and name in site.resident) or not isinstance(pin.source, Source):
+                continue
+            directive = None
+            if worker.facts.has_plugin:
+                directive = site.pins.directive(name, size, now)
+                if directive is None:
+                    continue
+            site.used[name] = site.filled
+            self._start(site, worker, pin.chain, self._keep(site, worker, pin, directive))
+            return
+
+    def _tell(self, site: _Site, worker: Worker, verb: str, name: str) -> None:
+        self._start(site, worker, (), self._say(site, worker, verb, name))
+
+    # -- lookahead
+
+    async def _look_ahead(self, ended: Ended) -> None:
+        settings, now = self._settings, self._clock()
+        for prediction in self._workflows.expected_next(ended.call, now):
+            if prediction.probability < settings.min_probability or prediction.think_s < settings.min_think_s:
+                continue
+            known = await self._known_prefix(ended, prediction)
+            if known is None:
+                continue
+            chain, source, tokens = known
+            if len(chain) * source.block_size < settings.min_tokens:
+                continue
+            self._prefill(ended, prediction, chain, source, tokens)
+
+    async def _known_prefix(
+        self, ended: Ended, prediction: Prediction
+    ) -> tuple[Chain, Source, array[int] | None] | None:
+        """What is known of the next call's prompt: the conversation so far where it goes on, else its static part."""
+        source = ended.source
+        if prediction.extends and ended.reply and source.route == "/v1/chat/completions":
+            messages = [*source.body["messages"], {"role": "assistant", "content": ended.reply}]
+            body = {**source.body, "messages": messages, "add_generation_prompt": False}
+            tokens = await self._tokens(source, body)
+            if tokens is not None:
+                size = source.block_size
+                return token_chain(tokens, size, salt_of(source.model, source.salt)), source, tokens
+        prefix = self._prefixes.static((ended.template, prediction.node, source.model))
+        if prefix is None or not isinstance(prefix.source, Source):
+            return None
+        return prefix.chain, prefix.source, None
+
+    def _prefill(
+        self, ended: Ended, prediction: Prediction, chain: Chain, source: Source, tokens: array[int] | None
+    ) -> None:
+        workers = [w for w in self._state.serving(source.model) if w.open]
+        if not workers or chain[-1] in self._awaited:
+            return
+        known = max(workers, key=lambda w: (w.residency.match(chain), w.id == ended.worker))
+        worker = self._pool.get(known.id)
+        if worker is None or known.residency.match(chain) == len(chain):
+            return  # nothing is left to do
+        site = self._site(worker)
+        if site.prewarm is not None or not self._idle(worker, known):
+            metrics.LOOKAHEAD.labels("skipped").inc()
+            return
+        until = self._clock() + max(10.0, 4 * prediction.think_s)
+        self._awaited[chain[-1]] = _Awaited(known.id, len(chain), until)
+        while len(self._awaited) > _MAX_AWAITED:
+            self._awaited.popitem(last=False)
+            metrics.LOOKAHEAD.labels("wasted").inc()
+        self._start(site, worker, chain, self._ask(worker, chain, source, tokens, "lookahead"))
+
+    def _meet(self, chain: Chain, worker: str) -> None:
+        """Whether a call begins with a prefix that was prefilled for it."""
+        for blocks in {a.blocks for a in self._awaited.values()}:
+            if len(chain) >= blocks and (awaited := self._awaited.pop(chain[blocks - 1], None)) is not None:
+                metrics.LOOKAHEAD.labels("used" if awaited.worker == worker else "wasted").inc()
+
+    # -- talking to workers
+
+    def _start(self, site: _Site, worker: Worker, chain: Chain, work: Any) -> None:
+        """One prewarm a worker at a time."""
+        task = asyncio.create_task(work, name=f"prewarm {worker.id}")
+        site.prewarm = prewarm = _Prewarm(task, chain)
+
+        def over(_: asyncio.Task[None]) -> None:
+            if site.prewarm is prewarm:
+                site.prewarm = None
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.warning("prewarm failed", worker=worker.id, error=repr(error))
+
+        task.add_done_callback(over)
+
+    async def _keep(self, site: _Site, worker: Worker, pin: Pin, directive: dict[str, Any] | None) -> None:
+        """Prefills a static prefix, and pins it where that can be."""
+        try:
+            report = await self._ask(worker, pin.chain, pin.source, None, "static", directive)
+        except BaseException:
+            site.pins.forget(pin.name)
+            raise
+        if directive is None:
+            return
+        if report is None or report.get("error"):
+            site.pins.refused(pin.name, self._clock())
+            metrics.DIRECTIVES.labels("pin", "error").inc()
+        else:
+            self._pinned(site, worker.id, pin.name)
+            metrics.DIRECTIVES.labels("pin", "ok").inc()
+
+    async def _say(self, site: _Site, worker: Worker, verb: str, name: str) -> None:
+        """Renews or gives back a pin, by a call of one token."""
+        directive: dict[str, Any] = {verb: name}
+        if verb == "renew":
+            directive["ttl_s"] = self._settings.pin_ttl_s
+        model = worker.facts.models[0].id
+        answer = await self._post(worker, {"model": model, "prompt": ".", **_helium(directive)})
+        report = _report(answer)
+        ok = report is not None and not report.get("error")
+        metrics.DIRECTIVES.labels(verb, "ok" if ok else "error").inc()
+        if ok and verb == "renew":
+            site.pins.renewed(name, self._clock())
+            return
+        site.pins.dropped(name)
+        known = self._state.workers.get(worker.id)
+        if known is not None:
+            known.residency.unpin(name)
+
+    async def _ask(
+        self,
+        worker: Worker,
+        chain: Chain,
+        source: Source,
+        tokens: array[int] | None,
+        reason: str,
+        directive: dict[str, Any] | None = None,
+    ) -> Mapping[str, Any] | None:
+        """Has `worker` prefill `chain`; returns its word on `directive`. Its mirror holds the prefix meanwhile."""
+        known = self._state.workers.get(worker.id)
+        if tokens is None:
+            tokens = await self._tokens(source, source.body)
+        length = len(chain) * source.block_size
+        if known is None or tokens is None or len(tokens) < length:
+            return None
+        # One token more, where there is one: the last block of a prompt that it fills would be computed again.
+        body: dict[str, Any] = {"model": source.model, "prompt": tokens[: length + 1].tolist()}
+        if source.salt:
+            body["cache_salt"] = source.salt
+        if directive is not None:
+            body |= _helium(directive)
+        name, residency = f"ahead-{next(self._ids)}", known.residency
+        hit = residency.admit(name, chain, 1, exact=True)
+        known.version += 1
+        answer = None
+        try:
+            answer = await self._post(worker, body)
+        finally:
+            residency.finish(name)
+            if answer is None:
+                residency.correct(chain, hit)
+            known.version += 1
+            metrics.DIRECTIVES.labels("prewarm", "ok" if answer is not None else "error").inc()
+        if answer is not None:
+            metrics.PREWARM_TOKENS.labels(reason).inc(length)
+        return _report(answer)
+
+    async def _post(self, worker: Worker, body: dict[str, Any]) -> dict[str, Any] | None:
+        """The worker's answer to a prewarm; None unless it is a 200."""
+        body |= {"max_tokens": 1, "temperature": 0}
+        if worker.facts.has_priority:
+            body["priority"] = _LAST
+        try:
+            upstream = await self._client.send(
+                worker,
+                "POST",
+                "/v1/completions",
+                headers={"Content-Type": "application/json"},
+                body=orjson.dumps(body),
+                timeout_s=_TIMEOUT_S,
+            )
+            try:
+                payload = await upstream.read()
+            finally:
+                upstream.close()
+            answer = orjson.loads(payload) if upstream.status == 200 else None
+        except (SendFailed, ValueError) as error:
+            log.info("prewarm failed", worker=worker.id, error=str(error))
+            return None
+        return answer if isinstance(answer, dict) else None
+
+    # -- helpers
+
+    def _site(self, worker: Worker) -> _Site:
+        site = self._sites.get(worker.id)
+        if site is None:
+            site = self._sites[worker.id] = _Site(PinBook(self._settings.pin_ttl_s), worker.epoch)
+        elif site.epoch != worker.epoch:  # its mirror has been cleared by the dispatcher
+            site.epoch = worker.epoch
+            site.pins.clear()
+            site.resident.clear()
+        return site
+
+    def _pinned(self, site: _Site, worker: str, name: str) -> None:
+        chain, known = site.pins.obeyed(name), self._state.workers.get(worker)
+        if chain is not None and known is not None:
+            known.residency.pin(name, chain)
+            known.version += 1
+
+    def _idle(self, worker: Worker, known: WorkerState) -> bool:
+        """Whether work ahead of need would delay nobody."""
+        if not known.open or len(known.running) > self._settings.busy_calls or worker.facts.waiting:
+            return False
+        return not any(self._state.queues.get(model) for model in known.models)
+
+    async def _tokens(self, source: Source, body: Mapping[str, Any]) -> array[int] | None:
+        tokenizer = self._tokenizers.get(source.model)
+        if tokenizer is None:
+            return None
+        try:
+            return await asyncio.to_thread(tokenizer.request, source.route, body)
+        except CannotTokenize:
+            return None
+
+
+def _begins(chain: Chain, prefix: Chain) -> bool:
+    """Whether `chain` begins with `prefix`: a block's hash covers everything before it."""
+    return len(chain) >= len(prefix) and (not prefix or chain[len(prefix) - 1] == prefix[-1])
+
+
+def _helium(directive: Mapping[str, Any]) -> dict[str, Any]:
+    return {"kv_transfer_params": {"helium": directive}}
+
+
+def _report(answer: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    transfer = (answer or {}).get("kv_transfer_params")
+    report = transfer.get("helium") if isinstance(transfer, dict) else None
+    return report if isinstance(report, dict) else None
