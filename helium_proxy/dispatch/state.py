@@ -35,6 +35,8 @@ _LEAST_SHARE, _FIRST_SHARE = 0.4, 0.5
 _RISE, _FALL = 0.02, 0.05
 """Of the share, per call: what is lost by too large a batch shows late, so growth is slow."""
 _SMOOTH = 0.1
+_TURNOVERS = 1
+_UNSEEN_LOSS = 0.1
 UNBOUNDED_BLOCKS = 1 << 20
 """The mirror's size for a worker whose KV capacity is not known."""
 
@@ -115,6 +117,8 @@ class WorkerState:
     """Mean number of calls running, as recent ones were admitted."""
     output: float = 0.0
     """Mean of their expected output tokens."""
+    _turnover: int = 0
+    """Blocks newly taken, until the cache has been filled `_TURNOVERS` times."""
     version: int = 0
     """Increases when blocks may have become resident or been lost."""
 
@@ -185,7 +189,13 @@ class WorkerState:
         self.evicted_tokens += _SMOOTH * (gone - self.evicted_tokens)
         self.batch += _SMOOTH * (len(self.running) + 1 - self.batch)
         self.output += _SMOOTH * (call.output_tokens - self.output)
-        loss = self.rates.work(self.evicted_tokens, 0)
+        lost = self.evicted_tokens
+        if self.capacity and self._turnover < _TURNOVERS * self.capacity:
+            # What a batch evicts is missed only when the cache has been filled, and asked for what it held: until
+            # then a tenth of each prompt is assumed to be lost.
+            self._turnover += len(call.chain) - self.hit(call) + self.anonymous_blocks(call)
+            lost = max(lost, _UNSEEN_LOSS * call.prompt_tokens)
+        loss = self.rates.work(lost, 0)
         gain = self.output * _STEP_S / self.batch
         self.share = min(1.0, self.share + _RISE) if gain >= loss else max(_LEAST_SHARE, self.share - _FALL)
 
