@@ -25,7 +25,13 @@ Query = tuple[str, str]
 def _targets(queries: Iterable[Query], **common: Any) -> list[dict[str, Any]]:
     letters = "ABCDEFGHIJ"
     return [
-        {"refId": letters[index], "datasource": SOURCE, "expr": " ".join(expr.split()), "legendFormat": legend, **common}
+        {
+            "refId": letters[index],
+            "datasource": SOURCE,
+            "expr": " ".join(expr.split()),
+            "legendFormat": legend,
+            **common,
+        }
         for index, (expr, legend) in enumerate(queries)
     ]
 
@@ -40,7 +46,10 @@ def _panel(
         "datasource": SOURCE,
         "targets": _targets(queries, **common),
         "gridPos": {"w": width, "h": height},
-        "fieldConfig": {"defaults": {"unit": unit, "custom": {}}, "overrides": [_coloured(*fate) for fate in FATES.items()]},
+        "fieldConfig": {
+            "defaults": {"unit": unit, "custom": {}},
+            "overrides": [_coloured(*fate) for fate in FATES.items()],
+        },
         "options": {},
     }
 
@@ -61,7 +70,13 @@ def stat(title: str, about: str, expr: str, unit: str = "short", *, width: int =
 
 
 def lines(
-    title: str, about: str, *queries: Query, unit: str = "short", width: int = 12, stacked: bool = False, top: float | None = None
+    title: str,
+    about: str,
+    *queries: Query,
+    unit: str = "short",
+    width: int = 12,
+    stacked: bool = False,
+    top: float | None = None,
 ) -> Panel:
     """Time series."""
     panel = _panel("timeseries", title, about, queries, width, 8, unit)
@@ -118,7 +133,15 @@ class Column:
 def table(title: str, about: str, keys: tuple[str, ...], *columns: Column, width: int = 24, height: int = 9) -> Panel:
     """One row per value of the labels `keys`, one column per query."""
     panel = _panel(
-        "table", title, about, [(c.expr, c.title) for c in columns], width, height, "short", instant=True, format="table"
+        "table",
+        title,
+        about,
+        [(c.expr, c.title) for c in columns],
+        width,
+        height,
+        "short",
+        instant=True,
+        format="table",
     )
     names = {f"Value #{target['refId']}": c.title for target, c in zip(panel["targets"], columns, strict=True)}
     panel["transformations"] = [
@@ -126,14 +149,17 @@ def table(title: str, about: str, keys: tuple[str, ...], *columns: Column, width
         {"id": "organize", "options": {"excludeByName": {"Time": True}, "renameByName": names}},
     ]
     panel["fieldConfig"]["overrides"] = [
-        {"matcher": {"id": "byName", "options": c.title}, "properties": [{"id": "unit", "value": c.unit}]} for c in columns
+        {"matcher": {"id": "byName", "options": c.title}, "properties": [{"id": "unit", "value": c.unit}]}
+        for c in columns
     ]
     panel["options"] = {"showHeader": True, "sortBy": [{"displayName": columns[0].title, "desc": True}]}
     assert keys, "a table needs a key"
     return panel
 
 
-def waterfall(title: str, about: str, phases: Mapping[str, Query], *, hidden: str, width: int = 24, height: int = 12) -> Panel:
+def waterfall(
+    title: str, about: str, phases: Mapping[str, Query], *, hidden: str, width: int = 24, height: int = 12
+) -> Panel:
     """Stacked horizontal bars, one per node: each phase is a query by the same label, `hidden` is drawn transparent."""
     queries = [(expr, phase) for phase, (expr, _) in phases.items()]
     panel = _panel("barchart", title, about, queries, width, height, "s", instant=True, format="table")
@@ -200,7 +226,15 @@ class Dashboard:
         panels: list[Panel] = []
         y = 0
         for heading, row in self.rows:
-            panels.append({"type": "row", "title": heading, "collapsed": False, "gridPos": {"x": 0, "y": y, "w": 24, "h": 1}, "panels": []})
+            panels.append(
+                {
+                    "type": "row",
+                    "title": heading,
+                    "collapsed": False,
+                    "gridPos": {"x": 0, "y": y, "w": 24, "h": 1},
+                    "panels": [],
+                }
+            )
             y, x, height = y + 1, 0, 0
             for panel in row:
                 place = panel["gridPos"]
@@ -221,6 +255,15 @@ class Dashboard:
             "refresh": "10s",
             "time": {"from": "now-30m", "to": "now"},
             "templating": {"list": [source, *self.variables]},
-            "links": [{"type": "dashboards", "tags": ["helium"], "title": "Helium", "asDropdown": False, "includeVars": True, "keepTime": True}],
+            "links": [
+                {
+                    "type": "dashboards",
+                    "tags": ["helium"],
+                    "title": "Helium",
+                    "asDropdown": False,
+                    "includeVars": True,
+                    "keepTime": True,
+                }
+            ],
             "panels": [{"id": index, **panel} for index, panel in enumerate(panels, 1)],
         }
