@@ -204,6 +204,16 @@ def bounded(label: str, value: str) -> str:
     return safe
 
 
+def forget_worker(worker: str) -> None:
+    """Drops every series of a worker that was removed: they come and go under ever new names.
+    (Files shared between processes cannot drop any.)"""
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        return
+    for family in list(globals().values()):
+        if isinstance(family, Counter | Gauge | Histogram) and "worker" in family._labelnames:
+            family.remove_by_labels({"worker": worker})
+
+
 def render() -> tuple[bytes, str]:
     """The exposition text and its content type."""
     if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):

@@ -101,10 +101,8 @@ class Pool:
         task = self._tasks.pop(worker, None)
         if task is not None:
             task.cancel()
-        for gauge in (metrics.WORKER_UP,):
-            for model in found.facts.models:
-                gauge.labels(worker, metrics.bounded("model", model.id)).set(0)
         self._on_gone(found)
+        metrics.forget_worker(worker)
         log.info("worker removed", worker=worker)
 
     async def sync(self, specs: Iterable[WorkerSpec]) -> None:

@@ -132,3 +132,17 @@ async def test_what_the_workers_route_tells(stack: Stack) -> None:
     assert told["running"] == 0
     assert told["resident_blocks"] > 0
     assert told["error"] is None
+
+
+async def test_workers_that_come_and_go_leave_no_series_behind(stack: Stack) -> None:
+    proxy = await stack.proxy(await stack.fake())
+    for _ in range(3):
+        passing = await stack.fake()
+        name = passing.url.removeprefix("http://")
+        await proxy.client.post("/helium/workers", json={"url": passing.url})
+        await proxy.up(2)
+        for i in range(4):
+            await proxy.chat(str(i))
+        await proxy.client.delete(f"/helium/workers/{name}")
+        await asyncio.sleep(0)
+        assert name not in (await proxy.client.get("/metrics")).text
