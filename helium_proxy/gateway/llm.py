@@ -1,8 +1,5 @@
 """The routes that reach a worker: model calls through workflow, reuse and dispatch; everything else of `/v1` as it
-comes.
-
-Whatever cannot be read here (bad JSON, an unknown model, a route we do not know) goes to a worker unchanged: the
-engine's own answer is the right one, and a client sees what it would have seen without us.
+comes (`passing.py`).
 """
 
 from __future__ import annotations
@@ -10,11 +7,9 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from json import loads as slow_loads
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-import orjson
 import structlog
 from starlette.types import Receive, Scope, Send
 
@@ -24,7 +19,6 @@ from helium_proxy.errors import (
     DeadlineExceeded,
     Draining,
     HeliumError,
-    NoWorker,
     UpstreamFailed,
 )
 from helium_proxy.gateway.auth import Principal
@@ -34,20 +28,19 @@ from helium_proxy.gateway.http import (
     RawHeaders,
     header_map,
     read_body,
-    relayed,
     send_error,
     send_stream,
     send_whole,
     while_connected,
 )
+from helium_proxy.gateway.passing import Passing, parse, path_of, sent_headers
 from helium_proxy.gateway.replies import Reply
 from helium_proxy.gateway.services import Services
+from helium_proxy.gateway.sse import stream_error
 from helium_proxy.gateway.ticket import Ticket
 from helium_proxy.reuse import cache_key, cacheable, parse_cache_control
 from helium_proxy.types import CallRequest, Hints
-from helium_proxy.workers.upstream import HOP_BY_HOP, SendFailed
-from helium_proxy.workers.worker import Worker
-from helium_proxy.workflow import strip_headers
+from helium_proxy.workers.upstream import SendFailed
 
 log = structlog.get_logger(__name__)
 
@@ -62,18 +55,7 @@ ID_PREFIX = {
 PLANNED = frozenset({*ID_PREFIX, "/v1/embeddings", "/v1/rerank", "/v1/score"})
 """Routes that are queued and placed; the others are cheap, and go straight to a worker."""
 
-# The client's own credentials and what describes its connection to us stay here.
-_NOT_SENT = HOP_BY_HOP | {
-    "authorization",
-    "x-api-key",
-    "host",
-    "content-length",
-    "expect",
-    "accept-encoding",
-    "cookie",
-}
 _SAFE_ID = re.compile(r"[\w.:-]{1,128}\Z", re.ASCII)
-_FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
 
 
 class LlmRoutes:
@@ -81,6 +63,7 @@ class LlmRoutes:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._passing = Passing(services)
         self.calls = Calls(services)
 
     async def planned(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,12 +128,12 @@ class LlmRoutes:
         services = self._services
         arrived = services.clock()
         raw = await read_body(headers, receive, services.settings.server.max_body_bytes)
-        body = _parse(raw)
-        model = self._model(body)
+        body = parse(raw)
+        model = self._passing.model(body)
         if body is None or model is None:
-            await while_connected(receive, lambda: self._pass(scope, raw, headers, self._able(None)[0], send))
+            await self._passing.unread(scope, receive, send, headers, raw)
             return
-        ticket = self.ticket(scope["path"], _path(scope), raw, body, model, headers, principal, arrived)
+        ticket = self.ticket(scope["path"], path_of(scope), raw, body, model, headers, principal, arrived)
         metrics.OVERHEAD.observe(services.clock() - arrived)
         timeout = services.settings.server.request_timeout_s
         if ticket.hints.deadline_s is not None:
@@ -163,6 +146,12 @@ class LlmRoutes:
         except BaseException:
             report(services, ticket, "error", Reply(), status=499)
             raise
+
+    async def _direct(
+        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], principal: Principal
+    ) -> None:
+        raw = await read_body(headers, receive, self._services.settings.server.max_body_bytes)
+        await self._passing.direct(scope, receive, send, headers, raw)
 
     def ticket(
         self,
@@ -192,7 +181,7 @@ class LlmRoutes:
             body=body,
             headers=headers,
         )
-        sent = {k: v for k, v in strip_headers(headers).items() if k not in _NOT_SENT}
+        sent = sent_headers(headers)
         sent["x-request-id"] = request_id
         ticket = Ticket(request, raw, path, sent, arrived, control=parse_cache_control(headers.get("cache-control")))
         ticket.request_id = str(given) if safe else request_id
@@ -268,7 +257,7 @@ class LlmRoutes:
         metrics.ERRORS.labels(error.code or error.type).inc()
         report(self._services, ticket, "error", Reply(), status=error.status)
         if ticket.stream:
-            await send({"type": "http.response.body", "body": _stream_error(ticket.request.route, error)})
+            await send({"type": "http.response.body", "body": stream_error(ticket.request.route, error)})
         else:
             await send({"type": "http.response.body", "body": b""})
 
@@ -312,145 +301,6 @@ class LlmRoutes:
             headers.append((b"age", str(int(served.age_s)).encode()))
         return headers
 
-    # -- everything else
-
-    async def _direct(
-        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], principal: Principal
-    ) -> None:
-        raw = await read_body(headers, receive, self._services.settings.server.max_body_bytes)
-        stored = re.match(r"/v1/responses/([^/]+)", scope["path"])
-        given = b""
-        if stored:
-            known = self._services.aliases.get(stored[1])
-            if known is not None:
-                given = stored[1].encode()
-                path = scope["path"].replace(stored[1], known, 1)
-                scope = {**scope, "path": path, "raw_path": path.encode()}
-            workers = self._holders(known or stored[1])
-        else:
-            kind = headers.get("content-type", "")
-            form = _FORM_MODEL.search(raw) if kind.startswith("multipart/") else None
-            model = form[1].decode("utf-8", "replace") if form else self._model(_parse(raw))
-            workers = self._able(model)[: self._services.settings.pool.max_attempts]
-        for last, worker in ((i == len(workers) - 1, w) for i, w in enumerate(workers)):
-            take_404 = last or not stored
-            if await self._try(scope, raw, headers, worker, send, receive, last=last, take_404=take_404, given=given):
-                return
-
-    def _holders(self, response: str) -> list[Worker]:
-        """Who may have a stored response: the worker that made it, else (after a restart of ours) all of them."""
-        services = self._services
-        owner = services.pool.get(services.owners.get(response, ""))
-        if owner is not None:
-            return [owner]
-        up = [w for w in services.pool if w.state == "up"]
-        if not up:
-            raise NoWorker("no worker is up", retry_after=5)
-        return up
-
-    async def _try(
-        self,
-        scope: Scope,
-        raw: bytes,
-        headers: dict[str, str],
-        worker: Worker,
-        send: Send,
-        receive: Receive,
-        *,
-        last: bool,
-        take_404: bool,
-        given: bytes,
-    ) -> bool:
-        """Passes the request to `worker`; False when another should be asked: it gave no answer, or one of 404 and
-        not `take_404`. `given`: the id by which the client knows what the path names by another."""
-        answered = False
-
-        async def work() -> None:
-            nonlocal answered
-            answered = await self._pass(scope, raw, headers, worker, send, last=last, take_404=take_404, given=given)
-
-        await while_connected(receive, work)
-        return answered
-
-    async def _pass(
-        self,
-        scope: Scope,
-        raw: bytes,
-        headers: dict[str, str],
-        worker: Worker,
-        send: Send,
-        *,
-        last: bool = True,
-        take_404: bool = True,
-        given: bytes = b"",
-    ) -> bool:
-        sent = {k: v for k, v in strip_headers(headers).items() if k not in _NOT_SENT}
-        worker.inflight += 1
-        try:
-            try:
-                upstream = await self._services.client.send(
-                    worker, scope["method"], _path(scope), headers=sent, body=raw or None
-                )
-            except SendFailed as error:
-                self._services.pool.note(worker, error)
-                if last or error.kind == "timeout":
-                    raise
-                return False
-            try:
-                if upstream.status == 404 and not take_404:
-                    return False
-                own = [*relayed(upstream.headers.items()), (b"x-helium-worker", worker.id.encode("latin-1"))]
-                if upstream.headers.get("content-type", "").startswith("text/event-stream"):
-                    chunks = _with_its_end_told(upstream.chunks(), scope["path"])
-                    await send_stream(send, upstream.status, own, chunks)
-                else:
-                    answer = await upstream.read()
-                    if given:
-                        answer = answer.replace(scope["path"].split("/")[3].encode(), given)
-                    await send_whole(send, upstream.status, own, answer)
-            finally:
-                upstream.close()
-        finally:
-            worker.inflight -= 1
-        return True
-
-    def _model(self, body: dict[str, Any] | None) -> str | None:
-        """The model a body asks for, if some worker has it; the only one served, if it names none."""
-        services = self._services
-        model = body.get("model") if body is not None else None
-        if isinstance(model, str) and model:
-            if services.dispatcher.state.serving(model) or not services.pool.models():
-                return model
-            return None
-        models = services.pool.models()
-        return next(iter(models)) if len(models) == 1 and model is None else None
-
-    def _able(self, model: str | None) -> list[Worker]:
-        """Workers that are up, of `model` if any has it, the least loaded first. Raises NoWorker."""
-        up = [w for w in self._services.pool if w.state == "up"]
-        able = [w for w in up if model is not None and w.serves(model)] or up
-        if not able:
-            raise NoWorker("no worker is up", retry_after=5)
-        return sorted(able, key=lambda w: w.inflight)
-
-
-def _parse(raw: bytes) -> dict[str, Any] | None:
-    """The JSON object in `raw`, or None."""
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        try:
-            body = slow_loads(raw.decode())  # integers of more than 64 bits, NaN, a lone surrogate
-        except (ValueError, RecursionError):
-            return None
-    return body if isinstance(body, dict) else None
-
-
-def _path(scope: Scope) -> str:
-    raw: bytes = scope.get("raw_path") or scope["path"].encode()
-    query: bytes = scope.get("query_string", b"")
-    return (raw + b"?" + query if query else raw).decode("latin-1")
-
 
 def _header(value: str) -> bytes:
     """`value` in the characters a header may have."""
@@ -460,25 +310,3 @@ def _header(value: str) -> bytes:
 def _request_id(headers: dict[str, str]) -> RawHeaders:
     given = headers.get("x-request-id", "")
     return [(b"x-request-id", given.encode())] if _SAFE_ID.match(given) else []
-
-
-async def _with_its_end_told(chunks: AsyncIterator[bytes], path: str) -> AsyncIterator[bytes]:
-    """`chunks`, and an error event where they break off."""
-    try:
-        async for chunk in chunks:
-            yield chunk
-    except SendFailed as error:
-        yield _stream_error(path, UpstreamFailed(f"the worker broke off ({error.kind})"))
-
-
-def _stream_error(route: str, error: HeliumError) -> bytes:
-    """An error after the first byte, in the form of the route's stream."""
-    if route == "/v1/messages":
-        return _error_event({"error": {"type": "api_error", "message": error.message}})
-    if route == "/v1/responses":
-        return _error_event({"code": error.code, "message": error.message, "param": error.param})
-    return b"data: " + orjson.dumps(error.body()) + b"\n\ndata: [DONE]\n\n"
-
-
-def _error_event(fields: dict[str, Any]) -> bytes:
-    return b"event: error\ndata: " + orjson.dumps({"type": "error", **fields}) + b"\n\n"

@@ -1,0 +1,175 @@
+"""Requests that go to a worker as they came: routes that are not planned, and what cannot be read here (bad JSON, an
+unknown model). The engine's own answer is the right one: a client sees what it would have seen without us.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from json import loads as slow_loads
+from typing import Any
+
+import orjson
+from starlette.types import Receive, Scope, Send
+
+from helium_proxy.errors import NoWorker
+from helium_proxy.gateway.http import relayed, send_stream, send_whole, while_connected
+from helium_proxy.gateway.services import Services
+from helium_proxy.gateway.sse import with_end_told
+from helium_proxy.workers.upstream import HOP_BY_HOP, SendFailed, Upstream
+from helium_proxy.workers.worker import Worker
+from helium_proxy.workflow import strip_headers
+
+# The client's own credentials and what describes its connection to us stay here.
+_NOT_SENT = HOP_BY_HOP | {
+    "authorization",
+    "x-api-key",
+    "host",
+    "content-length",
+    "expect",
+    "accept-encoding",
+    "cookie",
+}
+_FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
+_STORED = re.compile(r"(/v1/responses/)([^/]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A request as it is sent on."""
+
+    method: str
+    path: str
+    """With its query."""
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Passing:
+    """Passes requests on, over one `Services`."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def direct(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes) -> None:
+        """A request of any route and method, to a worker of the model it names; one that names a stored response, to
+        the worker that has it. Where a worker gives no answer the next is asked."""
+        stored = _STORED.match(scope["path"])
+        if stored is not None:
+            await self._stored(scope, receive, send, headers, body, stored[2])
+            return
+        kind = headers.get("content-type", "")
+        form = _FORM_MODEL.search(body) if kind.startswith("multipart/") else None
+        model = form[1].decode("utf-8", "replace") if form else self.model(parse(body))
+        raw = Raw(scope["method"], path_of(scope), headers, body)
+        workers = self._able(model)[: self._services.settings.pool.max_attempts]
+        await while_connected(receive, lambda: self._try(raw, workers, send))
+
+    async def unread(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes) -> None:
+        """A model call that cannot be read."""
+        raw = Raw(scope["method"], path_of(scope), headers, body)
+        worker = self._able(None)[:1]
+        await while_connected(receive, lambda: self._try(raw, worker, send))
+
+    async def _stored(
+        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes, given: str
+    ) -> None:
+        """`given` is the id that the client knows; the worker may know the response by another."""
+        known = self._services.aliases.get(given, given)
+        path = path_of(scope).replace(given, known, 1)
+        raw = Raw(scope["method"], path, headers, body)
+        workers = self._holders(known)
+        rename = (known.encode(), given.encode()) if known != given else None
+        await while_connected(receive, lambda: self._try(raw, workers, send, elsewhere_on_404=True, rename=rename))
+
+    def _holders(self, response: str) -> list[Worker]:
+        """Who may have a stored response: the worker that made it, else (after a restart of ours) all of them."""
+        services = self._services
+        owner = services.pool.get(services.owners.get(response, ""))
+        return [owner] if owner is not None else self._able(None)
+
+    async def _try(
+        self,
+        raw: Raw,
+        workers: list[Worker],
+        send: Send,
+        *,
+        elsewhere_on_404: bool = False,
+        rename: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        """The answer of the first of `workers` that gives one. Raises SendFailed when none does."""
+        services = self._services
+        for left, worker in zip(range(len(workers) - 1, -1, -1), workers, strict=True):
+            worker.inflight += 1
+            try:
+                sent = sent_headers(raw.headers)
+                upstream = await services.client.send(
+                    worker, raw.method, raw.path, headers=sent, body=raw.body or None
+                )
+                try:
+                    if upstream.status == 404 and elsewhere_on_404 and left:
+                        continue
+                    await self._answer(raw, worker, upstream, send, rename)
+                    return
+                finally:
+                    upstream.close()
+            except SendFailed as error:
+                services.pool.note(worker, error)
+                if not left or error.kind == "timeout":
+                    raise
+            finally:
+                worker.inflight -= 1
+
+    async def _answer(
+        self, raw: Raw, worker: Worker, upstream: Upstream, send: Send, rename: tuple[bytes, bytes] | None
+    ) -> None:
+        own = [*relayed(upstream.headers.items()), (b"x-helium-worker", worker.id.encode("latin-1"))]
+        if upstream.headers.get("content-type", "").startswith("text/event-stream"):
+            await send_stream(send, upstream.status, own, with_end_told(upstream.chunks(), raw.path))
+            return
+        answer = await upstream.read()
+        await send_whole(send, upstream.status, own, answer.replace(*rename) if rename else answer)
+
+    def model(self, body: dict[str, Any] | None) -> str | None:
+        """The model a body asks for, if some worker has it; the only one served, if it names none."""
+        services = self._services
+        model = body.get("model") if body is not None else None
+        if isinstance(model, str) and model:
+            if services.dispatcher.state.serving(model) or not services.pool.models():
+                return model
+            return None
+        models = services.pool.models()
+        return next(iter(models)) if len(models) == 1 and model is None else None
+
+    def _able(self, model: str | None) -> list[Worker]:
+        """Workers that are up, of `model` if any has it, the least loaded first. Raises NoWorker."""
+        up = [w for w in self._services.pool if w.state == "up"]
+        able = [w for w in up if model is not None and w.serves(model)] or up
+        if not able:
+            raise NoWorker("no worker is up", retry_after=5)
+        return sorted(able, key=lambda w: w.inflight)
+
+
+def sent_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Of a request's headers, those that a worker sees."""
+    return {k: v for k, v in strip_headers(headers).items() if k not in _NOT_SENT}
+
+
+def parse(raw: bytes) -> dict[str, Any] | None:
+    """The JSON object in `raw`, or None."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        try:
+            body = slow_loads(raw.decode())  # integers of more than 64 bits, NaN, a lone surrogate
+        except (ValueError, RecursionError):
+            return None
+    return body if isinstance(body, dict) else None
+
+
+def path_of(scope: Scope) -> str:
+    """The path as the client wrote it, with its query."""
+    raw: bytes = scope.get("raw_path") or scope["path"].encode()
+    query: bytes = scope.get("query_string", b"")
+    return (raw + b"?" + query if query else raw).decode("latin-1")
