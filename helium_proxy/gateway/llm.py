@@ -19,6 +19,7 @@ from helium_proxy.errors import (
     DeadlineExceeded,
     Draining,
     HeliumError,
+    NotFound,
     UpstreamFailed,
 )
 from helium_proxy.gateway.auth import Principal
@@ -151,7 +152,7 @@ class LlmRoutes:
         self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], principal: Principal
     ) -> None:
         raw = await read_body(headers, receive, self._services.settings.server.max_body_bytes)
-        await self._passing.direct(scope, receive, send, headers, raw)
+        await self._passing.direct(scope, receive, send, headers, raw, principal.tenant)
 
     def ticket(
         self,
@@ -199,8 +200,13 @@ class LlmRoutes:
                 metrics.FAIL_OPEN.labels("workflow").inc()
         if hints is not None:
             ticket.hints = hints
+        if route == "/v1/responses":
+            own = body.get("request_id")
+            services.note_tenant(own if isinstance(own, str) else request.id, principal.tenant)
         previous = body.get("previous_response_id")
         if isinstance(previous, str):
+            if not services.may_see(previous, principal.tenant):
+                raise NotFound(f"Response with id '{previous}' not found.", param="response_id")
             ticket.previous = services.aliases.get(previous)
             ticket.prefer = services.owners.get(ticket.previous or previous)
         ticket.suggestion = suggestion

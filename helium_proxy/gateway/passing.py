@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from helium_proxy.errors import NoWorker
+from helium_proxy.errors import NotFound, NoWorker
 from helium_proxy.gateway.http import relayed, send_stream, send_whole, while_connected
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.sse import with_end_told
@@ -52,11 +52,16 @@ class Passing:
     def __init__(self, services: Services) -> None:
         self._services = services
 
-    async def direct(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes) -> None:
+    async def direct(
+        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes, tenant: str
+    ) -> None:
         """A request of any route and method, to a worker of the model it names; one that names a stored response, to
-        the worker that has it. Where a worker gives no answer the next is asked."""
+        the worker that has it. Where a worker gives no answer the next is asked. Raises NotFound for a response of
+        another tenant."""
         stored = _STORED.match(scope["path"])
         if stored is not None:
+            if not self._services.may_see(stored[2], tenant):
+                raise NotFound(f"Response with id '{stored[2]}' not found.", param="response_id")
             await self._stored(scope, receive, send, headers, body, stored[2])
             return
         kind = headers.get("content-type", "")

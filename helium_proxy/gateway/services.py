@@ -78,6 +78,8 @@ class Services:
     """The drain's own deadline has passed."""
     owners: dict[str, str] = field(default_factory=dict)
     """Stored response id → the worker that has it; bounded by `note_owner`."""
+    tenants: dict[str, str] = field(default_factory=dict)
+    """Response id → whose it is; bounded likewise."""
     ids: dict[str, str] = field(default_factory=dict)
     """Request ids that clients chose, the newest; bounded likewise."""
     aliases: dict[str, str] = field(default_factory=dict)
@@ -101,6 +103,13 @@ class Services:
 
     def note_owner(self, response: str, worker: str) -> None:
         _remember(self.owners, response, worker)
+
+    def note_tenant(self, response: str, tenant: str) -> None:
+        _remember(self.tenants, response, tenant)
+
+    def may_see(self, response: str, tenant: str) -> bool:
+        """Whether a stored response is the tenant's (or was made before this process, and nobody knows)."""
+        return self.tenants.get(response, tenant) == tenant
 
     def note_alias(self, given: str, stored: str) -> None:
         if given != stored:

@@ -126,6 +126,24 @@ async def test_tenants_see_and_share_nothing_of_each_other(stack: Stack) -> None
     assert await call("sk-two", "run-2b") == "miss"
 
 
+async def test_a_stored_response_is_its_tenant_s_alone(stack: Stack) -> None:
+    proxy = await stack.proxy(await stack.engine(), auth={"keys": KEYS})
+    body = {"model": "demo", "input": "hello", "max_output_tokens": 3}
+    headers = {**bearer("sk-one"), "X-Request-Id": "easy-to-guess"}
+    name = (await proxy.client.post("/v1/responses", json=body, headers=headers)).json()["id"]
+    assert name == "resp_easy-to-guess"
+    path = f"/v1/responses/{name}"
+    assert (await proxy.client.get(path, headers=bearer("sk-one"))).status_code == 200
+    for request in (
+        proxy.client.get(path, headers=bearer("sk-two")),
+        proxy.client.post(f"{path}/cancel", headers=bearer("sk-two")),
+        proxy.client.post("/v1/responses", json={**body, "previous_response_id": name}, headers=bearer("sk-two")),
+    ):
+        response = await request
+        assert response.status_code == 404
+        assert name in response.json()["error"]["message"]
+
+
 async def test_tenants_blocks_can_be_kept_apart(stack: Stack) -> None:
     worker = await stack.fake()
     proxy = await stack.proxy(worker, auth={"keys": KEYS, "salt_tenants": True})
