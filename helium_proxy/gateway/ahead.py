@@ -30,7 +30,7 @@ from helium_proxy import metrics
 from helium_proxy.config import DirectiveSettings
 from helium_proxy.dispatch.state import DispatchState, QueuedCall, WorkerState
 from helium_proxy.residency.chain import token_chain
-from helium_proxy.residency.directives import MEMORY_S, Key, Pin, PinBook, Prefixes, choose, name_of
+from helium_proxy.residency.directives import MEMORY_S, Key, Pin, PinBook, Prefixes, busiest, choose, name_of
 from helium_proxy.residency.index import Chain
 from helium_proxy.residency.kv_book import salt_of
 from helium_proxy.residency.registry import Tokenizers
@@ -51,6 +51,8 @@ _SOURCE_TOKENS = 65_536
 _MAX_ENDED = 256
 _MAX_AWAITED = 256
 _TIMEOUT_S = 120.0
+_TENDED = 8
+"""Workers whose pins are planned in one tick: in a larger fleet they take turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class Ahead:
         self._asked: dict[str, str] = {}  # call under way → the pin its directive names
         self._ended: deque[Ended] = deque(maxlen=_MAX_ENDED)  # calls whose successors are to be looked up
         self._wake = asyncio.Event()
+        self._turn = 0  # of the workers, whose pins are planned next
         self._awaited: OrderedDict[int, _Awaited] = OrderedDict()  # last block of a prefilled prefix → what it is for
 
     def __repr__(self) -> str:
@@ -200,7 +203,10 @@ class Ahead:
 
     def ended(self, ended: Ended) -> None:
         """A call has been answered, by whatever means: what follows it is looked up in a moment."""
-        if self._settings.lookahead:
+        if not self._settings.lookahead:
+            return
+        # Where no worker idles, nothing can be prefilled: a busy fleet does not pay for predictions.
+        if any(len(w.running) <= self._settings.busy_calls for w in self._state.serving(ended.source.model)):
             self._ended.append(ended)
             self._wake.set()
 
@@ -243,9 +249,11 @@ class Ahead:
         for gone in self._sites.keys() - {w.id for w in self._pool}:
             del self._sites[gone]
         if self._settings.pins:
-            for worker in self._pool:
+            workers = self._pool.all()
+            for worker in [workers[(self._turn + i) % len(workers)] for i in range(min(_TENDED, len(workers)))]:
                 if worker.state == "up" and (known := self._state.workers.get(worker.id)) is not None:
                     self._tend(worker, known, now)
+            self._turn += _TENDED
 
     def _tend(self, worker: Worker, known: WorkerState, now: float) -> None:
         """Plans a worker's pins anew, and sends what is due if it is idle."""
@@ -259,7 +267,7 @@ class Ahead:
         least = max(1, settings.min_tokens // size)
         # A lone use is forgotten after its half-life.
         wanted = self._prefixes.used_on(worker.id, now, least_blocks=least, least_uses_s=0.5 / MEMORY_S)
-        pins = choose(wanted, budget, known.rates.work(size, 0), least)
+        pins = choose(busiest(wanted, 4 * budget), budget, known.rates.work(size, 0), least)
         for name in site.pins.plan(pins, now):
             known.residency.unpin(name)
         site.used = {pin.name: site.used.get(pin.name, site.filled) for pin in pins}

@@ -66,7 +66,8 @@ class EventFeeds:
             sources = await self._sources(worker)
         except (SendFailed, ValueError) as error:
             log.info("no KV event sources", worker=worker.id, error=str(error))
-            sources = ()
+            self._epochs.pop(worker.id, None)  # asked again at its next change
+            return
         known = self._state.workers.get(worker.id)
         if len(sources) != 1 or known is None or self._epochs.get(worker.id) != epoch:
             return

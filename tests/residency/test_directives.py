@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from helium_proxy.residency.directives import MEMORY_S, Pin, PinBook, Prefix, Prefixes, choose, common, name_of
+from helium_proxy.residency.directives import (
+    MEMORY_S,
+    Pin,
+    PinBook,
+    Prefix,
+    Prefixes,
+    busiest,
+    choose,
+    common,
+    name_of,
+)
 from helium_proxy.residency.index import Chain, WorkerResidency
 
 KEY = ("t", "node", "demo")
@@ -132,6 +142,12 @@ def test_the_budget_is_never_exceeded(budget: int) -> None:
     pins = choose(prefixes, budget, 1.0)
     assert len({b for p in pins for b in p.chain}) <= budget
     assert choose([], budget, 1.0) == []
+
+
+def test_planning_looks_at_the_busiest_alone() -> None:
+    many = [prefix(str(i), float(i), *range(10 * i, 10 * i + 10)) for i in range(100)]
+    assert [p.name for p in busiest(many, 25)] == ["99", "98", "97"]
+    assert busiest(many, 0) == []
 
 
 # -- what is said
