@@ -43,8 +43,11 @@ while read -r kind source target options; do
   if [ "$kind" = tmpfs ]; then mount -t tmpfs -o "$options" tmpfs "$root$target"
   else mount --bind "$source" "$root$target"; [ "$options" != ro ] || mount -o remount,bind,ro "$root$target"; fi
 done < "$MOUNTS"
+mkdir -p "$root$CODE"  # the environment's scripts name it, and a checkout below /tmp has just been hidden
+mount --bind "$CODE" "$root$CODE"
+mount -o remount,bind,ro "$root$CODE"
 mount -o remount,ro "$root"
-unset SCRATCH DNS VENV MOUNTS
+unset SCRATCH DNS VENV CODE MOUNTS
 exec chroot "$root" setpriv --reuid "$RUN_AS" --regid "$RUN_AS" --clear-groups --no-new-privs --bounding-set -all \
   env -u RUN_AS -u RUN_PATH PATH="$RUN_PATH" "$@"
 """
@@ -232,6 +235,7 @@ class Stack:
             "SCRATCH": str(scratch),
             "DNS": f"{self._net}.1",
             "VENV": f"{ROOT}/.venv",
+            "CODE": str(ROOT),
             "MOUNTS": str(mounts),
             "RUN_AS": str(image.user),
             "RUN_PATH": environment.get("PATH", "$PATH").replace("$PATH", system),
