@@ -16,54 +16,38 @@ Nothing here may cost an answer: every entry point swallows its own failures.
 from __future__ import annotations
 
 import asyncio
-import itertools
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 import structlog
 
 from helium_proxy import metrics
 from helium_proxy.config import DirectiveSettings
 from helium_proxy.dispatch.state import DispatchState, QueuedCall, WorkerState
+from helium_proxy.gateway.prewarm import Prewarmer, Source, report_of, transfer
 from helium_proxy.residency.chain import token_chain
 from helium_proxy.residency.directives import MEMORY_S, Key, Pin, PinBook, Prefixes, busiest, choose, name_of
 from helium_proxy.residency.index import Chain
 from helium_proxy.residency.kv_book import salt_of
 from helium_proxy.residency.registry import Tokenizers
-from helium_proxy.residency.tokens import CannotTokenize
 from helium_proxy.workers.pool import Pool
-from helium_proxy.workers.upstream import SendFailed, UpstreamClient
+from helium_proxy.workers.upstream import UpstreamClient
 from helium_proxy.workers.worker import Worker
 from helium_proxy.workflow import Prediction, Workflows
 
 log = structlog.get_logger(__name__)
 
 _TICK_S = 1.0
-_LAST = 2_000_000_000
-"""The engine's priority of a prewarm: after everything else."""
 _TOUCH = 0.4
 """Of a worker's blocks: once so many were filled since a prefix was last used there, it may be next to go."""
 _SOURCE_TOKENS = 65_536
 _MAX_ENDED = 256
 _MAX_AWAITED = 256
-_TIMEOUT_S = 120.0
 _TENDED = 8
 """Workers whose pins are planned in one tick: in a larger fleet they take turns."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """What a prefix's tokens can be made from: a call that begins with it."""
-
-    route: str
-    model: str
-    body: Mapping[str, Any]
-    salt: str
-    block_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +109,10 @@ class Ahead:
     ) -> None:
         self._settings = settings
         self._pool = pool
-        self._client = client
         self._state = state
-        self._tokenizers = tokenizers
+        self._prewarmer = Prewarmer(client, state, tokenizers)
         self._workflows = workflows
         self._clock = clock
-        self._ids = itertools.count()
         self._enabled = settings.pins or settings.prewarm or settings.lookahead
         # -- state
         self._prefixes = Prefixes()
@@ -331,7 +313,7 @@ class Ahead:
         if prediction.extends and ended.reply and source.route == "/v1/chat/completions":
             messages = [*source.body["messages"], {"role": "assistant", "content": ended.reply}]
             body = {**source.body, "messages": messages, "add_generation_prompt": False}
-            tokens = await self._tokens(source, body)
+            tokens = await self._prewarmer.tokens(source, body)
             if tokens is not None:
                 size = source.block_size
                 return token_chain(tokens, size, salt_of(source.model, source.salt)), source, tokens
@@ -359,7 +341,7 @@ class Ahead:
         while len(self._awaited) > _MAX_AWAITED:
             self._awaited.popitem(last=False)
             metrics.LOOKAHEAD.labels("wasted").inc()
-        self._start(site, worker, chain, self._ask(worker, chain, source, tokens, "lookahead"))
+        self._start(site, worker, chain, self._prewarmer.ask(worker, chain, source, tokens, "lookahead"))
 
     def _meet(self, chain: Chain, worker: str) -> None:
         """Whether a call begins with a prefix that was prefilled for it."""
@@ -385,7 +367,7 @@ class Ahead:
     async def _keep(self, site: _Site, worker: Worker, pin: Pin, directive: dict[str, Any] | None) -> None:
         """Prefills a static prefix, and pins it where that can be."""
         try:
-            report = await self._ask(worker, pin.chain, pin.source, None, "static", directive)
+            report = await self._prewarmer.ask(worker, pin.chain, pin.source, None, "static", directive)
         except BaseException:
             site.pins.forget(pin.name)
             raise
@@ -404,8 +386,8 @@ class Ahead:
         if verb == "renew":
             directive["ttl_s"] = self._settings.pin_ttl_s
         model = worker.facts.models[0].id
-        answer = await self._post(worker, {"model": model, "prompt": ".", **_helium(directive)})
-        report = _report(answer)
+        answer = await self._prewarmer.post(worker, {"model": model, "prompt": ".", **transfer(directive)})
+        report = report_of(answer)
         ok = report is not None and not report.get("error")
         metrics.DIRECTIVES.labels(verb, "ok" if ok else "error").inc()
         if ok and verb == "renew":
@@ -415,68 +397,6 @@ class Ahead:
         known = self._state.workers.get(worker.id)
         if known is not None:
             known.residency.unpin(name)
-
-    async def _ask(
-        self,
-        worker: Worker,
-        chain: Chain,
-        source: Source,
-        tokens: array[int] | None,
-        reason: str,
-        directive: dict[str, Any] | None = None,
-    ) -> Mapping[str, Any] | None:
-        """Has `worker` prefill `chain`; returns its word on `directive`. Its mirror holds the prefix meanwhile."""
-        known = self._state.workers.get(worker.id)
-        if tokens is None:
-            tokens = await self._tokens(source, source.body)
-        length = len(chain) * source.block_size
-        if known is None or tokens is None or len(tokens) < length:
-            return None
-        # One token more, where there is one: the last block of a prompt that it fills would be computed again.
-        body: dict[str, Any] = {"model": source.model, "prompt": tokens[: length + 1].tolist()}
-        if source.salt:
-            body["cache_salt"] = source.salt
-        if directive is not None:
-            body |= _helium(directive)
-        name, residency = f"ahead-{next(self._ids)}", known.residency
-        hit = residency.admit(name, chain, 1, exact=True)
-        known.version += 1
-        answer = None
-        try:
-            answer = await self._post(worker, body)
-        finally:
-            residency.finish(name)
-            if answer is None:
-                residency.correct(chain, hit)
-            known.version += 1
-            metrics.DIRECTIVES.labels("prewarm", "ok" if answer is not None else "error").inc()
-        if answer is not None:
-            metrics.PREWARM_TOKENS.labels(reason).inc(length)
-        return _report(answer)
-
-    async def _post(self, worker: Worker, body: dict[str, Any]) -> dict[str, Any] | None:
-        """The worker's answer to a prewarm; None unless it is a 200."""
-        body |= {"max_tokens": 1, "temperature": 0}
-        if worker.facts.has_priority:
-            body["priority"] = _LAST
-        try:
-            upstream = await self._client.send(
-                worker,
-                "POST",
-                "/v1/completions",
-                headers={"Content-Type": "application/json"},
-                body=orjson.dumps(body),
-                timeout_s=_TIMEOUT_S,
-            )
-            try:
-                payload = await upstream.read()
-            finally:
-                upstream.close()
-            answer = orjson.loads(payload) if upstream.status == 200 else None
-        except (SendFailed, ValueError) as error:
-            log.info("prewarm failed", worker=worker.id, error=str(error))
-            return None
-        return answer if isinstance(answer, dict) else None
 
     # -- helpers
 
@@ -502,26 +422,7 @@ class Ahead:
             return False
         return not any(self._state.queues.get(model) for model in known.models)
 
-    async def _tokens(self, source: Source, body: Mapping[str, Any]) -> array[int] | None:
-        tokenizer = self._tokenizers.get(source.model)
-        if tokenizer is None:
-            return None
-        try:
-            return await asyncio.to_thread(tokenizer.request, source.route, body)
-        except CannotTokenize:
-            return None
-
 
 def _begins(chain: Chain, prefix: Chain) -> bool:
     """Whether `chain` begins with `prefix`: a block's hash covers everything before it."""
     return len(chain) >= len(prefix) and (not prefix or chain[len(prefix) - 1] == prefix[-1])
-
-
-def _helium(directive: Mapping[str, Any]) -> dict[str, Any]:
-    return {"kv_transfer_params": {"helium": directive}}
-
-
-def _report(answer: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    transfer = (answer or {}).get("kv_transfer_params")
-    report = transfer.get("helium") if isinstance(transfer, dict) else None
-    return report if isinstance(report, dict) else None

@@ -16,7 +16,8 @@ import structlog
 from helium_proxy import metrics
 from helium_proxy.dispatch.state import Assignment, QueuedCall
 from helium_proxy.errors import HeliumError, NoWorker, UpstreamFailed
-from helium_proxy.gateway.ahead import Ended, Source
+from helium_proxy.gateway.ahead import Ended
+from helium_proxy.gateway.prewarm import Source
 from helium_proxy.gateway.replies import Reply, read_reply
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.ticket import Ticket, payload
