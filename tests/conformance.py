@@ -267,9 +267,9 @@ class Reply:
 
     def merged(self) -> Any:
         """As `gist`, with the kinds of events in their order and every field that occurs: for engines that put what
-        came close together into one event."""
+        came close together into one event, end their choices in any order, and cache what was asked before."""
         if not self.stream:
-            return self.normal()
+            return _without_cached(self.normal())
         kinds: list[Any] = []
         fields: set[str] = set()
         for name, data in self.normal()["body"]:
@@ -277,7 +277,9 @@ class Reply:
             if not kinds or kinds[-1] != kind:
                 kinds.append(kind)
             fields |= set(_paths(data))
-        return {**self.gist(), "kinds": kinds, "fields": sorted(fields)}
+        gist = self.gist()
+        gist["body"]["rest"].sort(key=repr)
+        return _without_cached({**gist, "kinds": kinds, "fields": sorted(fields)})
 
 
 async def ask(client: httpx.AsyncClient, base: str, case: Case) -> Reply:
@@ -310,6 +312,17 @@ def _without_ids(value: Any, key: str = "") -> Any:
     if isinstance(value, str) and (_ID.fullmatch(value) or _HEX.fullmatch(value)):
         return "<id>"
     return value
+
+
+_CACHED = frozenset(
+    {"cached_tokens", "created_cache_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"}
+)
+
+
+def _without_cached(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: "<count>" if k in _CACHED and v is not None else _without_cached(v) for k, v in value.items()}
+    return [_without_cached(v) for v in value] if isinstance(value, list) else value
 
 
 def _without_nulls(value: Any) -> Any:
