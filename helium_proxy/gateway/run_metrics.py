@@ -67,8 +67,13 @@ class RunMetrics:
             ("inferred", totals.edges_inferred),
         ):
             metrics.EDGES.labels(source).inc(self._new(source, total))
-        metrics.TAG_CONFLICTS.labels("any").inc(self._new("conflicts", totals.tag_conflicts))
-        metrics.TAGS_IGNORED.labels("any").inc(self._new("ignored", totals.tags_ignored))
+        for metric, counted in (
+            (metrics.TAGS, totals.tags_by_source),
+            (metrics.TAG_CONFLICTS, totals.conflicts_by_field),
+            (metrics.TAGS_IGNORED, totals.ignored_by_field),
+        ):
+            for label, total in counted.items():
+                metric.labels(label).inc(self._new(f"{metric}/{label}", total))
         metrics.FAIL_OPEN.labels("workflow").inc(self._new("failures", totals.failures))
 
     def _new(self, name: str, total: int) -> int:

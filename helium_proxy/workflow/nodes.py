@@ -23,7 +23,7 @@ from helium_proxy.workflow.prompt import Prompt, text_of, units
 
 _MASK = {ord(digit): "0" for digit in "123456789"}
 _HEAD_CHARS = 64
-_HEAD_CHARS = 600
+_FIRST_CHARS = 600
 """Where the first words of a prompt are looked for."""
 _MASK_CHARS = 8_192
 _TAIL_CHARS = 48
@@ -154,7 +154,7 @@ class Identities:
         return None
 
     def _by_head(self, text: str, names: tuple[str, ...]) -> Identity:
-        line = re.split(r"[:\n\"?]", text.lstrip()[:_HEAD_CHARS].translate(_MASK), maxsplit=1)[0]
+        line = re.split(r"[:\n\"?]", text.lstrip()[:_FIRST_CHARS].translate(_MASK), maxsplit=1)[0]
         head = tuple(line.split()[:8])
         bucket = hash((names, head[:3]))
         for known in self._buckets.get(bucket, ()):

@@ -64,6 +64,7 @@ class WorkflowStatistics:
     tags_ignored: int
     conflicts_by_field: Mapping[str, int]
     ignored_by_field: Mapping[str, int]
+    tags_by_source: Mapping[str, int]
     """A field of `tags.FIELDS`, an alias's, or `session` for unusable session headers."""
     failures: int
     """Calls that could not be placed because of an error of ours."""
@@ -101,6 +102,7 @@ class Workflows:
         self._bodies: OrderedDict[tuple[Any, ...], str] = OrderedDict()  # what a retry repeats → its first call
         self._conflicts: Counter[str] = Counter()  # by field, of which there are a fixed few
         self._ignored: Counter[str] = Counter()
+        self._sources: Counter[str] = Counter()  # where accepted tag values came from
         self._counts: dict[str, int] = dict.fromkeys(
             (
                 "calls",
@@ -135,6 +137,7 @@ class Workflows:
 
     def _arrive(self, request: CallRequest, now: float) -> Arrival:
         read = tags.read(request.body, request.headers, self.settings)
+        self._sources.update(read.sources.values())
         if read.conflicts or read.ignored:
             self._conflicts.update(read.conflicts)
             self._ignored.update(read.ignored)
@@ -406,6 +409,7 @@ class Workflows:
             tags_ignored=self._ignored.total(),
             conflicts_by_field=dict(self._conflicts),
             ignored_by_field=dict(self._ignored),
+            tags_by_source=dict(self._sources),
             **self._runs.sizes,
             replies=sum(len(tenant.replies) for tenant in self._tenants.values()),
             messages=len(self._messages),
