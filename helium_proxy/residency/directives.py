@@ -228,11 +228,13 @@ class PinBook:
             del self._held[name]
 
     def renewals(self, now: float) -> list[Pin]:
-        """Planned pins that lapse within a third of their life unless somebody renews them."""
+        """Planned pins that lapse within a third of their life (a short one: within 3 s) unless somebody renews
+        them."""
+        margin = max(self._ttl_s / 3, min(3.0, 0.75 * self._ttl_s))
         return [
             pin
             for name, pin in self.planned.items()
-            if (held := self._held.get(name)) and held.sure and held.expires - now < self._ttl_s / 3
+            if (held := self._held.get(name)) and held.sure and held.expires - now < margin
         ]
 
     def renewed(self, name: str, now: float) -> None:
