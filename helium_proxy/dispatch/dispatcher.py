@@ -44,6 +44,7 @@ class Dispatcher:
         self.state = DispatchState(settings)
         self._waiting: dict[str, asyncio.Future[Assignment]] = {}  # call → its caller
         self._pump_due = False
+        self._stranded: dict[str, float] = {}  # model with calls waiting and no worker → since when
         self._came_up = asyncio.Event()  # set, and replaced, whenever a worker changed
         self._decisions = 0
         self._slowest = 0.0
@@ -127,6 +128,20 @@ class Dispatcher:
     def worker_gone(self, worker: Worker) -> None:
         self.state.workers.pop(worker.id, None)
         self._pump_soon()
+
+    def tick(self, now: float) -> None:
+        """Once a second: calls whose model has had no worker for too long get their error instead of waiting on."""
+        for model, queue in list(self.state.queues.items()):
+            if any(w.open for w in self.state.serving(model)):
+                self._stranded.pop(model, None)
+            elif now - self._stranded.setdefault(model, now) > self.state.settings.no_worker_wait_s:
+                for call in list(queue):
+                    future = self._waiting.get(call.id)
+                    self.state.withdraw(call)
+                    if future is not None and not future.done():
+                        future.set_exception(NoWorker(f"no worker of model `{model}` is up", retry_after=5))
+        for model in [m for m in self._stranded if m not in self.state.queues]:
+            del self._stranded[model]
 
     async def wait_for_model(self, model: str) -> None:
         """Returns once some worker of `model` is open. Raises ModelNotFound when workers are up and none has it,

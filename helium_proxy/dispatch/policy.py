@@ -53,7 +53,7 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
             if worker.id not in roomy or not worker.has_room(call, settings):
                 roomy.pop(worker.id, None)
                 promised[worker.id] += _work(call, worker)
-                idle = [w for w in roomy.values() if not w.running and w in allowed]
+                idle = [w for w in roomy.values() if not w.running and w in allowed] if reason != "state" else []
                 if not idle:
                     waiting += 1
                     if not roomy:
@@ -79,14 +79,14 @@ def _place(
     settings = state.settings
     if len(workers) == 1:
         return workers[0], "only"
-    if settings.placement == "round-robin":
-        return workers[state.next_turn() % len(workers)], "round-robin"
-    if settings.placement == "least-loaded":
-        return min(workers, key=lambda w: (w.backlog_s + promised[w.id], len(w.running))), "least-loaded"
     if call.prefer is not None:
         for worker in workers:
             if worker.id == call.prefer:
                 return worker, "state"
+    if settings.placement == "round-robin":
+        return workers[state.next_turn() % len(workers)], "round-robin"
+    if settings.placement == "least-loaded":
+        return min(workers, key=lambda w: (w.backlog_s + promised[w.id], len(w.running))), "least-loaded"
     best, best_cost, best_hit, most = workers[0], float("inf"), 0, 0
     prompt, size, weight, known = call.prompt_tokens, call.block_size, settings.recompute_weight, call.hits
     for worker in workers:  # the hot loop of every decision

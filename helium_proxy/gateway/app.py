@@ -168,6 +168,7 @@ async def _tick(services: Services) -> None:
             runs.tick(ends)
             for end in ends:
                 services.tracer.end_run(end.run)
+            services.dispatcher.tick(services.clock())
             _gauges(services)
         except Exception:
             log.exception("housekeeping failed")

@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
@@ -32,6 +33,16 @@ _RETRIED = frozenset({500, 502, 503, 504})
 _BUDGET_CALLS = 200
 """The retry budget is a share of the last so many calls, and never below `_BUDGET_FLOOR`."""
 _BUDGET_FLOOR = 10
+
+
+@contextmanager
+def failing_open(room: str) -> Iterator[None]:
+    """A bug in `room` costs its benefit, never the answer."""
+    try:
+        yield
+    except Exception:
+        log.exception("a room failed; the call goes on without it", room=room)
+        metrics.FAIL_OPEN.labels(room).inc()
 
 
 class RetryBudget:
@@ -76,6 +87,7 @@ class Computer:
         call = await self._estimate(ticket)
         ticket.planned_at = services.clock()
         failure: HeliumError | None = None
+        reason: str
         while True:
             try:
                 assignment = await services.dispatcher.acquire(call)
@@ -135,7 +147,11 @@ class Computer:
         return bool(others) and ticket.prefer is None
 
     async def keep(self, ticket: Ticket, answer: dict[str, Any], reply: Reply) -> None:
-        """Remembers a complete answer for those who ask the same."""
+        """Remembers a complete answer for those who ask the same. Never raises."""
+        with failing_open("reuse"):
+            await self._keep(ticket, answer, reply)
+
+    async def _keep(self, ticket: Ticket, answer: dict[str, Any], reply: Reply) -> None:
         key, services = ticket.key, self._services
         if key is None:
             return
@@ -179,9 +195,8 @@ class _Exchange:
         ticket.started_at = now
         worker.breaker.sent(now)
         worker.inflight += 1
-        if ticket.arrival is not None:
-            services.workflows.started(ticket.arrival.call, worker.id, now)
         try:
+            self._tell_started(now)
             upstream = self._upstream = await services.client.send(
                 worker, "POST", ticket.path, headers=ticket.headers, body=payload(ticket, self._additions())
             )
@@ -205,6 +220,12 @@ class _Exchange:
         await self._finish_whole(upstream.status, body)
         return Answer(upstream.status, upstream.headers, _once(body))
 
+    def _tell_started(self, now: float) -> None:
+        arrival = self._ticket.arrival
+        with failing_open("workflow"):
+            if arrival is not None:
+                self._services.workflows.started(arrival.call, self._worker.id, now)
+
     def _additions(self) -> dict[str, Any]:
         fields: dict[str, Any] = {}
         if self._worker.facts.has_priority:
@@ -221,7 +242,9 @@ class _Exchange:
             return None
         key = (ticket.arrival.template, ticket.node, call.model)
         source = source_of(services, ticket)
-        return services.ahead.sent(call, key, ticket.arrival.run, source, self._worker)
+        with failing_open("directives"):
+            return services.ahead.sent(call, key, ticket.arrival.run, source, self._worker)
+        return None
 
     async def _finish_whole(self, status: int, body: bytes) -> None:
         if status != 200:
@@ -232,9 +255,9 @@ class _Exchange:
         except orjson.JSONDecodeError:
             answer = None
         reply = read_reply(answer)
+        self._close(ok=True, reply=reply)  # first: storing may wait, and be cancelled
         if isinstance(answer, dict):
             await self._computer.keep(self._ticket, answer, reply)
-        self._close(ok=True, reply=reply)
 
     async def _relay(self, first: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The stream's bytes, each passed on before it is looked at."""
@@ -254,12 +277,15 @@ class _Exchange:
             self._close(ok=False)
             raise
         answer = assembler.result()
-        if answer is None:
+        if assembler.failed:  # the engine ended it with an error event
+            self._close(ok=False)
+            report(self._services, ticket, "error", Reply(), status=500)
+        elif answer is None:
             self._close(ok=True, reply=Reply(text=assembler.text or None))
-            return
-        reply = read_reply(answer)
-        await self._computer.keep(ticket, answer, reply)
-        self._close(ok=True, reply=reply)
+        else:
+            reply = read_reply(answer)
+            self._close(ok=True, reply=reply)
+            await self._computer.keep(ticket, answer, reply)
 
     def _abandon(self) -> None:
         """The answer was given up, perhaps before it was read at all."""
@@ -284,22 +310,27 @@ class _Exchange:
             cached_tokens=reply.cached_tokens,
             output_tokens=reply.output_tokens,
         )
-        services.ahead.done(
-            self._call, self._worker.id, ok=ok, report=reply.directive, whole=ok and not ticket.stream
-        )
-        now = services.clock()
-        started = ticket.started_at or now
+        with failing_open("directives"):
+            whole = ok and not ticket.stream
+            services.ahead.done(self._call, self._worker.id, ok=ok, report=reply.directive, whole=whole)
         if ok:
-            if reply.prompt_tokens is not None:
-                services.estimator.measured(self._call, ticket.request, reply.prompt_tokens)
             if reply.id is not None and ticket.request.route == "/v1/responses":
                 services.note_owner(reply.id, self._worker.id)
-            compare(assignment, reply, now - started)
-            metrics.UPSTREAM_SECONDS.labels(self._worker.id).observe(now - started)
-            metrics.QUEUE_SECONDS.labels(metrics.bounded("model", self._call.model)).observe(
-                max(0.0, started - ticket.planned_at)
-            )
+            with failing_open("estimate"):
+                self._learn(reply)
             report(services, ticket, "computed", reply, predicted=assignment.cached_tokens)
+
+    def _learn(self, reply: Reply) -> None:
+        """Corrects the estimator, and notes every prediction beside what happened."""
+        services, ticket, now = self._services, self._ticket, self._services.clock()
+        started = ticket.started_at or now
+        if reply.prompt_tokens is not None:
+            services.estimator.measured(self._call, ticket.request, reply.prompt_tokens)
+        compare(self._assignment, reply, now - started)
+        metrics.UPSTREAM_SECONDS.labels(self._worker.id).observe(now - started)
+        metrics.QUEUE_SECONDS.labels(metrics.bounded("model", self._call.model)).observe(
+            max(0.0, started - ticket.planned_at)
+        )
 
 
 def compare(assignment: Assignment, reply: Reply, took_s: float) -> None:

@@ -179,3 +179,29 @@ async def test_a_bug_in_the_policy_costs_no_answer(monkeypatch: pytest.MonkeyPat
     for assignment in assignments:
         dispatcher.release(assignment, ok=True)
     assert idle(dispatcher)
+
+
+async def test_calls_whose_last_worker_goes_down_do_not_wait_for_ever() -> None:
+    dispatcher, pool = make("demo", default_running=1, no_worker_wait_s=5.0)
+    running = await dispatcher.acquire(call("a"))
+    waiting = asyncio.create_task(dispatcher.acquire(call("b")))
+    await asyncio.sleep(0)
+    pool["w0:1"].state = "down"
+    dispatcher.worker_changed(pool["w0:1"])
+    await asyncio.sleep(0)
+    now = time.monotonic()
+    dispatcher.tick(now)
+    dispatcher.tick(now + 4.9)
+    assert not waiting.done()
+    dispatcher.tick(now + 5.1)
+    with pytest.raises(NoWorker):
+        await waiting
+    dispatcher.release(running, ok=False)
+    assert idle(dispatcher)
+
+
+@pytest.mark.parametrize("placement", ["cost", "round-robin", "least-loaded"])
+async def test_a_call_goes_to_the_worker_that_holds_its_state(placement: str) -> None:
+    dispatcher, _ = make("demo", "demo", "demo", placement=placement)
+    for i in range(4):
+        assert (await dispatcher.acquire(call(f"c{i}", prefer="w1:1"))).worker == "w1:1"

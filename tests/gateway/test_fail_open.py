@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from serving import Proxy, Stack, chat
+from serving import Proxy, Stack, chat, http_client, until
 
 from helium_proxy import metrics
 
@@ -26,6 +27,11 @@ def failures(room: str) -> float:
 
 ROOMS: dict[str, Callable[[pytest.MonkeyPatch, Proxy], None]] = {
     "workflow arrives": lambda m, p: m.setattr(p.services.workflows, "arrive", broken),
+    "workflow starts": lambda m, p: m.setattr(p.services.workflows, "started", broken),
+    "cache store": lambda m, p: m.setattr("helium_proxy.gateway.compute.make_entry", broken),
+    "predictions": lambda m, p: m.setattr("helium_proxy.gateway.compute.compare", broken),
+    "directives": lambda m, p: m.setattr(p.services.ahead, "sent", broken),
+    "directives afterwards": lambda m, p: m.setattr(p.services.ahead, "done", broken),
     "workflow finishes": lambda m, p: m.setattr(p.services.workflows, "finished", broken),
     "policy": lambda m, p: m.setattr("helium_proxy.dispatch.dispatcher.decide", broken),
     "tokenizer": lambda m, p: m.setattr("helium_proxy.planner.estimate.token_chain", broken),
@@ -48,6 +54,7 @@ async def test_calls_are_answered_without_it(
             response = await proxy.chat(f"text {i}", stream=stream, temperature=temperature, max_tokens=3)
             assert response.status_code == 200
             assert b"error" not in response.content
+    monkeypatch.undo()
     statistics = proxy.services.dispatcher.statistics()
     assert (statistics.running, statistics.queued, proxy.services.in_flight) == (0, 0, 0)
     assert all(w.inflight == 0 for w in proxy.services.pool)
@@ -70,3 +77,24 @@ async def test_what_nobody_foresaw_is_a_500_in_the_api_s_form(stack: Stack, monk
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
     assert "bug" not in response.text
+
+
+async def test_a_call_that_is_cancelled_while_its_answer_is_stored_gives_its_slot_back(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that waits (SQLite, Redis) and a client that does not."""
+    proxy = await stack.proxy(await stack.fake())
+    storing = asyncio.Event()
+
+    async def slow(*_: Any) -> None:
+        storing.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(type(proxy.services.cache), "put", slow)
+    async with http_client(proxy.url) as client:
+        call = asyncio.create_task(client.post("/v1/chat/completions", json=chat(temperature=0)))
+        await storing.wait()
+        call.cancel()
+    await until(lambda: proxy.services.in_flight == 0)
+    await until(lambda: proxy.services.dispatcher.statistics().running == 0)
+    assert all(w.inflight == 0 for w in proxy.services.pool)
