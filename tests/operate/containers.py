@@ -31,7 +31,7 @@ mount -t overlay overlay -o "lowerdir=/,upperdir=$SCRATCH/upper,workdir=$SCRATCH
 root="$SCRATCH/root"
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
-[ ! -d /root/.pyenv ] || chmod 711 "$root/root"
+chmod 711 "$root/root"  # in the overlay only: a Python that lives below it must be reached by the containers' user
 echo "nameserver $DNS" > "$SCRATCH/resolv.conf"
 rm -f "$root/etc/resolv.conf"; cp "$SCRATCH/resolv.conf" "$root/etc/resolv.conf"
 echo "127.0.0.1 localhost" > "$root/etc/hosts"
