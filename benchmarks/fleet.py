@@ -233,6 +233,8 @@ class Fleet:
             node.prompt_tokens,
             float(node.output.tokens),
             self.now,
+            group="workflow",
+            node=node.name,
             hints=Hints(
                 path_calls=hints.path_calls,
                 path_output_tokens=hints.path_output_tokens,
@@ -261,10 +263,16 @@ class Fleet:
         began = time.thread_time()
         assignments = decide(self._state, self.now)
         self._decide_s.append(time.thread_time() - began)
+        end = self._state.returns.next_end()
+        if end is not None and self._state.queues:
+            self._at(max(end, self.now), self._wake)
         for assignment in assignments:
             call = self._calls[assignment.call.id]
             call.assignment = assignment
             self._send(assignment.call.id, call, int(assignment.worker), assignment.engine_priority)
+
+    def _wake(self) -> None:
+        self._decide_due = True
 
     def _pick(self, chain: Sequence[int]) -> int:
         if self._system == "rr":
@@ -345,7 +353,7 @@ class Fleet:
     def _release(self, assignment: Assignment, queued: QueuedCall, request: Request, extension: Any) -> None:
         """As `Dispatcher.release` does."""
         worker = self._state.workers[assignment.worker]
-        worker.release(queued.id, extension)
+        self._state.release(assignment.worker, queued.id, self.now, extension)
         if request.cached_tokens + self._block <= assignment.cached_tokens:
             worker.residency.correct(queued.chain, request.cached_tokens // self._block)
             worker.version += 1

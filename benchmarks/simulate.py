@@ -121,7 +121,7 @@ def decide_cost(console: Console) -> list[dict[str, float]]:
         state = DispatchState(DispatchSettings(max_queue=1 << 30))
         for index in range(workers):
             state.workers[str(index)] = WorkerState(str(index), frozenset({"demo"}), _BLOCK, 4_000)
-        waiting = iter(Fleet("helium", 1, config(4_001)).calls_of(graph, -(-(queue + workers * 200) // len(graph))))
+        waiting = iter(Fleet("helium", 1, config(4_001)).calls_of(graph, -(-(queue + workers * 500) // len(graph))))
         running: deque[tuple[str, str]] = deque()
         now = 0.0
         spent: list[float] = []
@@ -135,10 +135,10 @@ def decide_cost(console: Console) -> list[dict[str, float]]:
             if running:
                 spent.append(time.thread_time() - began)
             running += [(assignment.worker, assignment.call.id) for assignment in assignments]
-            if state.queued == queue or not assignments:
+            if running and (state.queued == queue or not assignments):
                 now += 0.05
                 worker, name = running.popleft()
-                state.workers[worker].release(name)
+                state.release(worker, name, now)
         spent.sort()
         point = {
             "workers": workers,

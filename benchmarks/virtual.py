@@ -211,6 +211,7 @@ class Simulation:
             now,
             hints=arrival.hints,
             group=arrival.template,
+            node=call.node,
         )
         assignment = await self.dispatcher.acquire(queued)
         self.workflows.started(arrival.call, assignment.worker, self.loop.time())

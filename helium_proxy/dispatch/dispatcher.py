@@ -44,6 +44,7 @@ class Dispatcher:
         self.state = DispatchState(settings)
         self._waiting: dict[str, asyncio.Future[Assignment]] = {}  # call → its caller
         self._pump_due = False
+        self._wake: asyncio.TimerHandle | None = None  # when a place that is kept is given up
         self._stranded: dict[str, float] = {}  # model with calls waiting and no worker → since when
         self._came_up = asyncio.Event()  # set, and replaced, whenever a worker changed
         self._decisions = 0
@@ -88,12 +89,11 @@ class Dispatcher:
     ) -> None:
         """The call is over. Counts come from the worker's `usage`, None where it gave none; `extension` is the part
         of the chain that its output added."""
-        worker = self.state.workers.get(assignment.worker)
+        now, call = self._clock(), assignment.call
         self._pump_soon()
-        if worker is None or worker.release(assignment.call.id, extension if ok else ()) is None:
+        if not self.state.release(assignment.worker, call.id, now, extension if ok else (), ok=ok):
             return
-        now = self._clock()
-        call = assignment.call
+        worker = self.state.workers[assignment.worker]
         if not ok:
             worker.rates.abandoned(now)
             return
@@ -121,12 +121,14 @@ class Dispatcher:
         if worker.epoch != known.epoch:
             known.epoch = worker.epoch
             known.clear()
+            self.state.returns.gone(worker.id)
         self._came_up.set()
         self._came_up = asyncio.Event()
         self._pump_soon()
 
     def worker_gone(self, worker: Worker) -> None:
         self.state.workers.pop(worker.id, None)
+        self.state.returns.gone(worker.id)
         self._pump_soon()
 
     def tick(self, now: float) -> None:
@@ -181,6 +183,9 @@ class Dispatcher:
 
     def _pump(self) -> None:
         self._pump_due = False
+        if self._wake is not None:
+            self._wake.cancel()
+            self._wake = None
         if not self.state.queues:
             return
         for worker in self.state.workers:
@@ -203,6 +208,10 @@ class Dispatcher:
                 self.release(assignment, ok=False)
             else:
                 future.set_result(assignment)
+        end = self.state.returns.next_end()
+        if end is not None and self.state.queues:  # somebody may take the place then that is kept until then
+            delay = max(0.0, end - self._clock())
+            self._wake = asyncio.get_running_loop().call_later(delay, self._pump_soon)
 
     def _decide_blindly(self) -> list[Assignment]:
         """What `decide` would do if nothing were known: a bug in the policy must not cost an answer. Everybody who

@@ -1,31 +1,47 @@
 """Which waiting call goes to which worker, and which waits: `decide`.
 
-Each call at the head of the queue is put, in its turn, where it would be done cheapest:
+Three steps, each a function below:
 
-    cost(call, worker) = backlog of the worker + weight · prefill of what is not resident there   (seconds)
+1. *Place* what has arrived into the lane of the worker where it would be done cheapest::
 
-- the backlog counts what runs there and what this decision has already meant for it, waiting or not: so siblings
-  gather where their prefix is until the queue there costs more than computing the prefix a second time; then, and
-  only then, they are split;
-- the weight is above 1 because a recomputed token also evicts one that somebody else will want.
+       backlog of the worker + calls in its lane + 2 · (prefill of what is not cached there + decode)
 
-If the cheapest worker has room the call goes; if not, it waits for that worker, unless another worker is idle. Late
-binding: what waits is decided again at the next event, with what is known then.
+   in engine seconds. Cached counts what is resident and what the calls in the lane will bring, so siblings gather
+   where their prefix is until the lane costs more than computing the prefix a second time; then, and only then,
+   they are split.
+2. *Fill* workers that have room from their own lanes. Within the workflow whose turn it is, the call goes first that
+   finds most of its prompt cached, most of all where running calls hold it already: calls that share a prefix then
+   run side by side, which takes less KV, so that more of them fit into a batch. Runs under way go before new ones,
+   and rank decides among equals. If that call does not fit, nobody passes it.
+3. *Take over*: a worker with room and an empty lane takes calls from the lane that would be done last, as long as it
+   would be done with them earlier.
 
-Cost model after the paper's section on cost-based scheduling (token usage and precedence delay), made incremental.
+Late binding: a lane is an intention, and what waits in it can still be taken over when something changes.
 """
 
 from __future__ import annotations
 
-from helium_proxy.dispatch.state import Assignment, DispatchState, Queue, QueuedCall, Reason, WorkerState
+from helium_proxy.dispatch.calls import Assignment, QueuedCall, Reason
+from helium_proxy.dispatch.queue import Lane, Queue
+from helium_proxy.dispatch.state import DispatchState, WorkerState
+
+_HELD_BONUS = 0.3
+"""A prompt token that running calls hold counts for so much more than one that is merely cached."""
+_STARTED_BONUS = 0.3
+"""What a call gains on others, as a share of its prompt, since its run has begun: what that left would be lost."""
+_WASTE = 2.0
+"""A call's own cost counts twice against the wait for others: work not done is done for nobody else either."""
+_PASSES = 256
+"""So many calls may go before one of lower rank until none may any more."""
 
 
 def decide(state: DispatchState, now: float) -> list[Assignment]:
     """Assigns what can start now; the assigned calls have left the queue and are running in `state`.
 
-    O(window · workers) table look-ups; a worker's residency is matched again only after it changed.
+    O(workers) table look-ups for a call that has arrived and O(window) for one that starts.
     """
     assignments: list[Assignment] = []
+    state.returns.expire(now)
     for model in list(state.queues):
         queue = state.queues[model]
         workers = [w for w in state.workers.values() if w.open and model in w.models]
@@ -37,92 +53,165 @@ def decide(state: DispatchState, now: float) -> list[Assignment]:
 
 
 def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState], now: float) -> list[Assignment]:
-    settings = state.settings
+    ready = {w.id for w in workers}
+    for name in [name for name in queue.lanes if name not in ready]:
+        queue.close(name)
+    for call in sorted(queue.unplaced.values(), key=lambda c: c.rank):
+        _place(state, queue, call, workers)
     assignments: list[Assignment] = []
-    promised = dict.fromkeys((w.id for w in workers), 0.0)  # engine seconds meant for a worker, still waiting
-    # Workers that may take more. One leaves when the call that is next there does not fit: nobody passes it.
-    roomy = {w.id: w for w in workers if not w.saturated(settings)}
-    waiting = 0  # calls at the head that were looked at and wait
-    while roomy and waiting < settings.window:
-        head = queue.head(settings.window)[waiting:]
-        if not head:
-            break
-        for call in head:
-            allowed = [w for w in workers if w.id not in call.exclude] or workers if call.exclude else workers
-            worker, reason = _place(state, call, allowed, promised)
-            if worker.id not in roomy or not worker.has_room(call, settings):
-                roomy.pop(worker.id, None)
-                promised[worker.id] += _work(call, worker)
-                idle = [w for w in roomy.values() if not w.running and w in allowed] if reason != "state" else []
-                if not idle:
-                    waiting += 1
-                    if not roomy:
-                        break
-                    continue
-                promised[worker.id] -= _work(call, worker)
-                worker, reason = max(idle, key=lambda w: w.hit(call)), "idle"
-            assignment = _assign(call, worker, reason, now)
-            queue.remove(call)
-            queue.charge(call, assignment.work_s)
-            worker.admit(assignment)
-            assignments.append(assignment)
-            if worker.saturated(settings):
-                roomy.pop(worker.id, None)
-                if not roomy:
-                    break
+    for worker in workers:
+        assignments += _fill(state, queue, worker, now)
+    if state.settings.placement == "cost":
+        for worker in workers:
+            if not queue.lane(worker.id):
+                assignments += _take_over(state, queue, workers, worker, now)
     return assignments
 
 
-def _place(
-    state: DispatchState, call: QueuedCall, workers: list[WorkerState], promised: dict[str, float]
-) -> tuple[WorkerState, Reason]:
+# -- 1. place
+
+
+def _place(state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState]) -> None:
+    allowed = [w for w in workers if w.id not in call.exclude] or workers if call.exclude else workers
+    worker, call.reason, call.lane_s = _cheapest(state, queue, call, allowed)
+    queue.place(call, worker.id)
+
+
+def _cheapest(
+    state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState]
+) -> tuple[WorkerState, Reason, float]:
+    """The worker for `call`, why, and what it costs there."""
     settings = state.settings
-    if len(workers) == 1:
-        return workers[0], "only"
-    if call.prefer is not None:
-        for worker in workers:
-            if worker.id == call.prefer:
-                return worker, "state"
-    if settings.placement == "round-robin":
-        return workers[state.next_turn() % len(workers)], "round-robin"
-    if settings.placement == "least-loaded":
-        return min(workers, key=lambda w: (w.backlog_s + promised[w.id], len(w.running))), "least-loaded"
-    best, best_cost, best_hit, most = workers[0], float("inf"), 0, 0
-    prompt, size, weight, known = call.prompt_tokens, call.block_size, settings.recompute_weight, call.hits
-    for worker in workers:  # the hot loop of every decision
-        name = worker.id
-        seen = known.get(name)
-        hit = seen[1] if seen is not None and seen[0] == worker.version else worker.hit(call)
-        cost = worker.backlog_s + promised[name] + weight * (prompt - hit * size) * worker.rates.prefill_s
-        if name == call.suggestion:
-            cost -= prompt * worker.rates.prefill_s
-        if cost < best_cost:
-            best, best_cost, best_hit = worker, cost, hit
-        most = max(most, hit)
-    return best, "prefix" if most and best_hit == most else "balance"
+    reason: Reason = "balance"
+    best, best_total, best_cost, best_cached, most = workers[0], float("inf"), 0.0, 0, 0
+    if call.prefer is not None and any(w.id == call.prefer for w in workers):
+        workers, reason = [w for w in workers if w.id == call.prefer], "state"
+    elif len(workers) == 1:
+        reason = "only"
+    elif settings.placement == "round-robin":
+        workers, reason = [workers[state.next_turn() % len(workers)]], "round-robin"
+    elif settings.placement == "least-loaded":
+        worker = min(workers, key=lambda w: (w.backlog_s + queue.lane(w.id).work_s, len(w.running)))
+        workers, reason = [worker], "least-loaded"
+    for worker in workers:
+        lane = queue.lane(worker.id)
+        resident, held = worker.matches(call)
+        shared = lane.shared(call.chain)
+        cached = max(resident, shared)
+        cost = worker.cost(call, cached, max(held, shared))
+        total = worker.backlog_s + lane.work_s + _WASTE * cost
+        if worker.id == call.suggestion:
+            total -= call.prompt_tokens * worker.rates.prefill_s
+        if total < best_total:
+            best, best_total, best_cost, best_cached = worker, total, cost, cached
+        most = max(most, cached)
+    if reason == "balance" and most and best_cached == most:
+        reason = "prefix"
+    return best, reason, best_cost
 
 
-def _work(call: QueuedCall, worker: WorkerState) -> float:
-    """Engine seconds of `call` on `worker`, given what is resident there."""
-    uncached = max(0, call.prompt_tokens - worker.hit(call) * call.block_size)
-    return worker.rates.work(uncached, call.output_tokens)
+# -- 2. fill
 
 
-def _assign(call: QueuedCall, worker: WorkerState, reason: Reason, now: float) -> Assignment:
-    hit = worker.hit(call)
-    if hit and hit * call.block_size >= call.prompt_tokens:
-        hit -= 1  # the engine recomputes the last block of a prompt that is all full blocks
-    cached = hit * call.block_size
-    return Assignment(
+def _fill(state: DispatchState, queue: Queue, worker: WorkerState, now: float) -> list[Assignment]:
+    lane, settings = queue.lane(worker.id), state.settings
+    assignments: list[Assignment] = []
+    kept = state.returns.kept(worker.id)
+    if lane.blocked == (worker.version, kept):
+        return assignments  # nothing has changed since its next call found no room
+    while lane and not worker.saturated(settings):
+        call = _next(state, queue, lane, worker)
+        if not worker.has_room(call, settings, now, kept):
+            lane.blocked = worker.version, kept
+            break
+        assignments.append(_start(state, queue, call, worker, call.reason, now))
+    return assignments
+
+
+def _next(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState) -> QueuedCall:
+    """The call of `lane` that `worker` runs next."""
+    waiting = queue.turn(lane)
+    first = waiting[0][1]
+    urgent = first.hints.deadline_s is not None or first.passed >= _PASSES
+    if urgent or len(waiting) == 1 or state.settings.ordering == "fifo":
+        return first
+    best, best_score = first, _score(state, worker, first)
+    for rank, call in waiting[1 : state.settings.window]:
+        if rank[0] != first.rank[0]:
+            break
+        score = _score(state, worker, call)
+        if score > best_score:
+            best, best_score = call, score
+    if best is not first:
+        first.passed += 1
+    return best
+
+
+def _score(state: DispatchState, worker: WorkerState, call: QueuedCall) -> float:
+    """What speaks for running `call` now, as a share of its prompt."""
+    resident, held = worker.matches(call)
+    share = (resident + _HELD_BONUS * held) * call.block_size / max(1, call.prompt_tokens)
+    return share + _STARTED_BONUS if call.hints.run_seq in state.started else share
+
+
+# -- 3. take over
+
+
+def _take_over(
+    state: DispatchState, queue: Queue, workers: list[WorkerState], worker: WorkerState, now: float
+) -> list[Assignment]:
+    settings = state.settings
+    assignments: list[Assignment] = []
+    while not worker.saturated(settings):
+        others = [w for w in workers if queue.lane(w.id)]
+        if not others:
+            break
+        last = max(others, key=lambda w: w.backlog_s + queue.lane(w.id).work_s)
+        lane = queue.lane(last.id)
+        found: tuple[float, QueuedCall] | None = None
+        for _, call in queue.turn(lane)[: settings.window]:
+            if worker.id in call.exclude or call.prefer == last.id:
+                continue
+            cost = worker.cost(call, *worker.matches(call))
+            if found is None or cost - call.lane_s < found[0]:
+                found = cost - call.lane_s, call
+        if found is None:
+            break
+        extra, call = found
+        if worker.backlog_s + extra + call.lane_s >= last.backlog_s + lane.work_s:
+            break
+        if not worker.has_room(call, settings, now, state.returns.kept(worker.id)):
+            break
+        assignments.append(_start(state, queue, call, worker, "idle", now))
+    return assignments
+
+
+# -- an assignment
+
+
+def _start(
+    state: DispatchState, queue: Queue, call: QueuedCall, worker: WorkerState, reason: Reason, now: float
+) -> Assignment:
+    resident, held = worker.matches(call)
+    cost = worker.cost(call, resident, held)
+    if resident and resident * call.block_size >= call.prompt_tokens:
+        resident -= 1  # the engine recomputes the last block of a prompt that is all full blocks
+    cached = resident * call.block_size
+    assignment = Assignment(
         call=call,
         worker=worker.id,
         cached_tokens=cached,
         reason=reason,
         engine_priority=_engine_priority(call),
         started_at=now,
-        work_s=_work(call, worker),
+        work_s=cost,
         predicted_s=worker.rates.duration(call.prompt_tokens - cached, call.output_tokens),
     )
+    queue.remove(call)
+    queue.charge(call, cost)
+    state.begin(call.hints.run_seq)
+    worker.admit(assignment)
+    return assignment
 
 
 def _engine_priority(call: QueuedCall) -> int:

@@ -35,7 +35,7 @@ class Rates:
     def __init__(self) -> None:
         # -- state
         self.prefill_s = PRIOR_PREFILL_S  # engine seconds per prompt token computed
-        self._step_s = DECODE_WEIGHT * PRIOR_PREFILL_S  # seconds between two tokens of one call
+        self.step_s = DECODE_WEIGHT * PRIOR_PREFILL_S  # seconds between two tokens of one call
         self._seconds = self._tokens = 0.0  # of the windows so far, decayed by _FORGET a window
         self._windows = 0
         # The window under way: busy seconds, and weighted tokens of the calls that ended in it.
@@ -44,13 +44,11 @@ class Rates:
         self._since = 0.0  # until when `_busy` is accounted
 
     def __repr__(self) -> str:
-        return (
-            f"<Rates prefill={1 / self.prefill_s:.0f}/s step={1e3 * self._step_s:.1f}ms of {self._windows} windows>"
-        )
+        return f"<Rates prefill={1 / self.prefill_s:.0f}/s step={1e3 * self.step_s:.1f}ms of {self._windows} windows>"
 
     def statistics(self) -> RateStatistics:
         return RateStatistics(
-            1 / self.prefill_s, 1 / (DECODE_WEIGHT * self.prefill_s), 1 / self._step_s, self._windows
+            1 / self.prefill_s, 1 / (DECODE_WEIGHT * self.prefill_s), 1 / self.step_s, self._windows
         )
 
     def work(self, prompt_tokens: float, output_tokens: float) -> float:
@@ -59,7 +57,7 @@ class Rates:
 
     def duration(self, prompt_tokens: float, output_tokens: float) -> float:
         """Seconds one call takes from start to end at the usual load."""
-        return prompt_tokens * self.prefill_s + output_tokens * self._step_s
+        return prompt_tokens * self.prefill_s + output_tokens * self.step_s
 
     def started(self, now: float) -> None:
         if self._running == 0:
@@ -72,7 +70,7 @@ class Rates:
         self._weighted += prompt_tokens + DECODE_WEIGHT * output_tokens
         if output_tokens >= 4:
             step = max(1e-5, (took_s - prompt_tokens * self.prefill_s) / output_tokens)
-            self._step_s += 0.1 * (step - self._step_s)
+            self.step_s += 0.1 * (step - self.step_s)
         if self._busy >= _MIN_WINDOW_S:
             self._seconds = _FORGET * self._seconds + self._busy
             self._tokens = _FORGET * self._tokens + self._weighted

@@ -19,12 +19,14 @@ class DispatchSettings(BaseModel):
         "run", description="`run`: older runs first, within a run the longest remaining path. `fifo`: by arrival."
     )
     admission: bool = Field(True, description="Hold calls back so that engines keep their own queues short.")
-    kv_share: float | None = Field(
-        None,
+    kv_share: float = Field(
+        1.0,
         gt=0,
         le=1,
-        description="Share of a worker's KV that running calls may fill; the rest keeps prefixes. By default it is "
-        "adapted: less where prefixes are evicted that come back, more where the batch would be too small.",
+        description="Share of a worker's KV that running calls may fill at their peak; the rest keeps prefixes.",
+    )
+    keep_places: bool = Field(
+        True, description="Keep room for a finished call's continuation while it pays to wait for it."
     )
     max_running: int = Field(256, ge=1, description="Calls at once on one worker.")
     default_running: int = Field(32, ge=1, description="The same, for a worker whose KV capacity is not known.")
@@ -32,7 +34,7 @@ class DispatchSettings(BaseModel):
         4.0, ge=0, description="How many times its own cost a recomputed token counts: it also evicts another."
     )
     max_queue: int = Field(10_000, ge=1, description="Calls waiting at the most; further ones are answered 429.")
-    window: int = Field(48, ge=1, description="Calls at the head of the queue that one decision looks at.")
+    window: int = Field(32, ge=1, description="Calls at the head of a lane among which the next one is chosen.")
     no_worker_wait_s: float = Field(
         10.0, ge=0, description="How long a call waits for a worker of its model to come up before 503."
     )

@@ -132,6 +132,7 @@ class Computer:
                 now=ticket.arrived_at,
                 salt=ticket.salt,
                 group=ticket.arrival.template if ticket.arrival else "",
+                node=ticket.node,
                 prefer=ticket.prefer,
                 suggestion=ticket.suggestion,
             )

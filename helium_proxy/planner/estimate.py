@@ -36,6 +36,7 @@ class Estimator:
         now: float,
         salt: str = "",
         group: str = "",
+        node: str = "",
         prefer: str | None = None,
         suggestion: str | None = None,
     ) -> QueuedCall:
@@ -76,6 +77,7 @@ class Estimator:
             arrived_at=now,
             hints=hints,
             group=group,
+            node=node,
             prefer=prefer,
             suggestion=suggestion,
         )

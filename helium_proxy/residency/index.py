@@ -22,9 +22,6 @@ from dataclasses import dataclass
 
 Chain = Sequence[int]
 
-_GHOST_MASK = 3
-"""Evicted blocks are remembered if these bits of their hash are zero: one in four stands for all."""
-
 
 @dataclass(frozen=True, slots=True)
 class ResidencyStatistics:
@@ -55,9 +52,6 @@ class WorkerResidency:
         self._told: Container[int] = ()  # blocks that KV events say are resident, kept by whoever follows those
         self._following = False
         self._due: tuple[list[int], list[int]] = ([], [])  # just left by calls, no event yet; and those before them
-        self._ghosts: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # a sample of those evicted, oldest first; at most `capacity`
 
     def __repr__(self) -> str:
         return (
@@ -74,6 +68,11 @@ class WorkerResidency:
     def used(self) -> int:
         """Blocks that running calls hold."""
         return len(self._refs) + self._anonymous
+
+    @property
+    def referenced(self) -> int:
+        """Blocks of prompts that running calls hold."""
+        return len(self._refs)
 
     @property
     def pinned(self) -> int:
@@ -95,22 +94,28 @@ class WorkerResidency:
                 high = middle
         return low
 
-    def match_held(self, chain: Chain) -> int:
-        """How many leading blocks of `chain` are held by running calls (so cost no further room)."""
-        refs = self._refs
+    def matches(self, chain: Chain) -> tuple[int, int]:
+        """How many leading blocks of `chain` are resident, and how many of those running calls hold (so that they
+        cost no further room)."""
+        refs, free, told = self._refs, self._free, self._told
         low, high = 0, len(chain)
+        if not high or not (chain[0] in refs or chain[0] in free or chain[0] in told):
+            return 0, 0
         while low < high:
             middle = (low + high) >> 1
             if chain[middle] in refs:
                 low = middle + 1
             else:
                 high = middle
-        return low
-
-    def evicted(self, chain: Chain) -> int:
-        """Blocks of `chain` that were resident not long ago and are not now."""
-        ghosts = self._ghosts
-        return (_GHOST_MASK + 1) * sum(block in ghosts for block in chain[self.match(chain) :])
+        held, high = low, len(chain)
+        while low < high:
+            middle = (low + high) >> 1
+            block = chain[middle]
+            if block in refs or block in free or block in told:
+                low = middle + 1
+            else:
+                high = middle
+        return low, held
 
     def admit(self, call: str, chain: Chain, anonymous: int, *, exact: bool = False) -> int:
         """A call begins: holds its chain and `anonymous` further blocks, evicting what is in the way. Returns the
@@ -185,10 +190,6 @@ class WorkerResidency:
         """The engine says that it has evicted these."""
         for block in blocks:
             self._free.pop(block, None)
-            if block & _GHOST_MASK == 0:
-                self._ghosts[block] = None
-        while len(self._ghosts) > self.capacity:
-            self._ghosts.popitem(last=False)
 
     def settle(self) -> None:
         """Called every second or so: what a call left, and no event has named since the last time but one, was never
@@ -204,7 +205,6 @@ class WorkerResidency:
         self._held.clear()
         self._pins.clear()
         self._pinned.clear()
-        self._ghosts.clear()
         self._due = ([], [])
         self._anonymous = 0
 
@@ -215,13 +215,11 @@ class WorkerResidency:
     # -- the pool's mechanics
 
     def _hold(self, chain: Chain) -> None:
-        refs, free, ghosts = self._refs, self._free, self._ghosts
+        refs, free = self._refs, self._free
         for block in chain:
             count = refs.get(block)
             if count is None:
                 free.pop(block, None)
-                if block & _GHOST_MASK == 0:
-                    ghosts.pop(block, None)
                 refs[block] = 1
             else:
                 refs[block] = count + 1
@@ -250,7 +248,7 @@ class WorkerResidency:
                     self._due[0].append(block)
 
     def _evict(self) -> None:
-        free, ghosts, pinned = self._free, self._ghosts, self._pinned
+        free, pinned = self._free, self._pinned
         over = len(self._refs) + self._anonymous + len(free) - self.capacity
         spared = 0
         while over > 0 and spared < len(free):
@@ -259,8 +257,4 @@ class WorkerResidency:
                 free[block] = None
                 spared += 1
                 continue
-            if block & _GHOST_MASK == 0:
-                ghosts[block] = None
             over -= 1
-        while len(ghosts) > self.capacity:
-            ghosts.popitem(last=False)

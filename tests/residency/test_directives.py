@@ -275,7 +275,6 @@ def test_a_followed_mirror_is_what_events_say() -> None:
     del told[8]
     mirror.dropped((8,))
     assert mirror.match((4, 8)) == 1
-    assert mirror.evicted((4, 8)) > 0
 
 
 def test_text_chains_are_guessed_on_though_events_are_followed() -> None:

@@ -107,10 +107,10 @@ def test_match_finds_the_length_of_any_resident_prefix(names: list[str], count: 
     whole = chain(*names)
     index.admit("x", whole[:count], 0)
     assert index.match(whole) == min(count, len(whole))
-    assert index.match_held(whole) == min(count, len(whole))
+    assert index.matches(whole) == (min(count, len(whole)), min(count, len(whole)))
     index.finish("x")
     assert index.match(whole) == min(count, len(whole))
-    assert index.match_held(whole) == 0
+    assert index.matches(whole) == (min(count, len(whole)), 0)
 
 
 class Mirror(RuleBasedStateMachine):

@@ -1,0 +1,192 @@
+"""Waiting calls of one model: those not placed yet, and a lane for each worker.
+
+A call is placed when it arrives, into the lane of the worker where it would be done cheapest. It is not bound to it:
+a worker that has room and an empty lane takes over from the longest lane. Lanes make a decision cheap (only the lane
+of the worker that has room is looked at) and let a worker choose among all that waits for it, so that calls that
+share a prefix run side by side there.
+
+Tenants take turns, and each tenant's workflows within its turn, by the engine seconds they have been given; inside a
+workflow calls go by rank. Fair shares protect a small workflow beside a large one, and leave the order within one
+free.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+
+from helium_proxy.dispatch.calls import QueuedCall, Rank
+from helium_proxy.residency.index import Chain
+
+GroupKey = tuple[str, str]
+"""(tenant, workflow)."""
+
+_GROUPS_REMEMBERED = 10_000
+
+
+@lru_cache(4096)
+def depths(length: int) -> tuple[int, ...]:
+    """1, 2, … 16, 18, 20, … (an eighth more each time) below `length`, and `length`: where chains are compared."""
+    found, depth = [], 1
+    while depth < length:
+        found.append(depth)
+        depth += max(1, depth // 8)
+    return (*found, length) if length else ()
+
+
+class Lane:
+    """Calls that wait for one worker."""
+
+    def __init__(self) -> None:
+        # -- state
+        self.groups: dict[GroupKey, list[tuple[Rank, QueuedCall]]] = {}  # never empty lists, sorted by rank
+        self.work_s = 0.0  # sum of the calls' `lane_s`
+        self._marks: Counter[int] = Counter()  # block at one of `depths` of a waiting chain → chains that have it
+        self._length = 0
+        self.blocked: object = None  # the state of worker and lane in which the next call found no room
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        return f"<Lane {self._length} calls, {self.work_s:.2f} s>"
+
+    def __iter__(self) -> Iterator[QueuedCall]:
+        for waiting in self.groups.values():
+            for _, call in waiting:
+                yield call
+
+    def shared(self, chain: Chain) -> int:
+        """How many leading blocks of `chain` some call that waits here has, too; an eighth too few at most."""
+        known = self._marks
+        if not known or not chain or chain[0] not in known:
+            return 0
+        places = depths(len(chain))
+        low, high = 1, len(places)
+        while low < high:
+            middle = (low + high) >> 1
+            if chain[places[middle] - 1] in known:
+                low = middle + 1
+            else:
+                high = middle
+        return places[low - 1]
+
+    def push(self, call: QueuedCall) -> None:
+        bisect.insort(self.groups.setdefault((call.tenant, call.group), []), (call.rank, call))
+        self._length += 1
+        self.blocked = None
+        self.work_s += call.lane_s
+        for depth in depths(len(call.chain)):
+            self._marks[call.chain[depth - 1]] += 1
+
+    def remove(self, call: QueuedCall) -> None:
+        key = (call.tenant, call.group)
+        waiting = self.groups[key]
+        del waiting[bisect.bisect_left(waiting, (call.rank,))]
+        if not waiting:
+            del self.groups[key]
+        self._length -= 1
+        self.blocked = None
+        self.work_s = max(0.0, self.work_s - call.lane_s) if self._length else 0.0
+        for depth in depths(len(call.chain)):
+            block = call.chain[depth - 1]
+            self._marks[block] -= 1
+            if not self._marks[block]:
+                del self._marks[block]
+
+
+class Queue:
+    """Everything that waits for one model."""
+
+    def __init__(self) -> None:
+        # -- state
+        self.unplaced: dict[str, QueuedCall] = {}
+        self.lanes: dict[str, Lane] = {}  # by worker
+        self._waiting: Counter[str | GroupKey] = Counter()  # tenant or group → its calls waiting
+        self._served: OrderedDict[str | GroupKey, float] = OrderedDict()  # the same → engine seconds given
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        return f"<Queue {self._length} calls, {len(self.unplaced)} not placed>"
+
+    def __iter__(self) -> Iterator[QueuedCall]:
+        yield from self.unplaced.values()
+        for lane in self.lanes.values():
+            yield from lane
+
+    def lane(self, worker: str) -> Lane:
+        lane = self.lanes.get(worker)
+        if lane is None:
+            lane = self.lanes[worker] = Lane()
+        return lane
+
+    def push(self, call: QueuedCall) -> None:
+        for who in (call.tenant, (call.tenant, call.group)):
+            if not self._waiting[who]:
+                self._enter(who)
+            self._waiting[who] += 1
+        self.unplaced[call.id] = call
+        self._length += 1
+
+    def _enter(self, who: str | GroupKey) -> None:
+        """Whoever comes (back) starts level with the least served of those waiting: no credit is saved up."""
+        others: Iterable[str | GroupKey]
+        if isinstance(who, str):
+            others = [o for o in self._waiting if isinstance(o, str)]
+        else:
+            others = [o for o in self._waiting if not isinstance(o, str) and o[0] == who[0]]
+        floor = min((self._served.get(o, 0.0) for o in others if o != who), default=0.0)
+        self._served[who] = max(self._served.get(who, 0.0), floor)
+        self._served.move_to_end(who)
+        while len(self._served) > _GROUPS_REMEMBERED:
+            self._served.popitem(last=False)
+
+    def remove(self, call: QueuedCall) -> bool:
+        """False when it does not wait here."""
+        if call.lane is None:
+            if self.unplaced.pop(call.id, None) is None:
+                return False
+        else:
+            self.lanes[call.lane].remove(call)
+            call.lane = None
+        for who in (call.tenant, (call.tenant, call.group)):
+            self._waiting[who] -= 1
+            if not self._waiting[who]:
+                del self._waiting[who]
+        self._length -= 1
+        return True
+
+    def place(self, call: QueuedCall, worker: str) -> None:
+        """Into the lane of `worker`, from wherever it waits."""
+        if call.lane is None:
+            del self.unplaced[call.id]
+        else:
+            self.lanes[call.lane].remove(call)
+        call.lane = worker
+        self.lane(worker).push(call)
+
+    def close(self, worker: str) -> None:
+        """`worker` takes no calls: those in its lane are to be placed anew."""
+        for call in self.lanes.pop(worker, ()):
+            call.lane = None
+            self.unplaced[call.id] = call
+
+    def charge(self, call: QueuedCall, work_s: float) -> None:
+        """`call` was given `work_s` engine seconds."""
+        for who in (call.tenant, (call.tenant, call.group)):
+            self._served[who] = self._served.get(who, 0.0) + work_s
+
+    def turn(self, lane: Lane) -> list[tuple[Rank, QueuedCall]]:
+        """The calls of the workflow whose turn it is in a lane that is not empty, by rank. A client's priority goes
+        before any turn."""
+        groups = lane.groups
+        if len(groups) == 1:
+            return next(iter(groups.values()))
+        served = self._served
+        first = min(groups, key=lambda k: (groups[k][0][0][0], served.get(k[0], 0.0), served.get(k, 0.0), k))
+        return groups[first]

@@ -1,0 +1,169 @@
+"""Which finished calls come back, how soon, and whether it pays to keep their place.
+
+An agent's next call usually extends its last one: the prompt, the reply, something new. It arrives milliseconds after
+the reply, and in these milliseconds a worker under pressure would give the room to somebody else, whose blocks push
+out the very prefix that comes back. So the room is kept for a while where that pays. The rule is that of the
+five-minute rule (Gray and Putzolu, 1987), for a KV cache instead of memory pages: keeping ``b`` of ``M`` blocks for
+``t`` seconds costs ``b / M * t`` engine seconds, losing them costs their prefill with the probability that they come
+back, and so a prefix is kept exactly if ::
+
+    t < probability * seconds to prefill a whole KV cache
+
+Probability and time are learned for each node of a workflow, from all its calls, kept or not; a call comes back if
+another's prompt contains every full block of its own.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from helium_proxy.residency.index import Chain
+
+Key = tuple[str, str]
+"""(workflow, node)."""
+
+_KEYS = 10_000
+_AWAITED = 20_000
+_LONGEST_S = 60.0
+"""Whatever comes back later counts as not coming back."""
+_FIRST_PROBABILITY, _FIRST_S = 0.5, 0.02
+_SMOOTH = 0.1
+_LEAST_S = 0.02
+
+
+@dataclass(slots=True)
+class Habit:
+    """How calls of one node come back: the share that does, mean time and mean deviation of those."""
+
+    probability: float = _FIRST_PROBABILITY
+    mean_s: float = _FIRST_S
+    deviation_s: float = _FIRST_S
+
+    @property
+    def patience_s(self) -> float:
+        """Within this time nearly all have come back that will (TCP's retransmission timer, RFC 6298)."""
+        return max(_LEAST_S, self.mean_s + 4 * self.deviation_s)
+
+    def came(self, after_s: float) -> None:
+        self.probability += _SMOOTH * (1 - self.probability)
+        self.deviation_s += _SMOOTH * (abs(after_s - self.mean_s) - self.deviation_s)
+        self.mean_s += _SMOOTH * (after_s - self.mean_s)
+
+    def stayed_away(self) -> None:
+        self.probability -= _SMOOTH * self.probability
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """What is kept for one call that may come back."""
+
+    key: Key
+    worker: str
+    blocks: int
+    """KV blocks that nobody else may take meanwhile."""
+    since: float
+    until: float
+    """Until when they are kept, if it has not come back by then."""
+
+
+class Returns:
+    """Finished calls whose next one is awaited. Bounded: the oldest are given up."""
+
+    def __init__(self) -> None:
+        # -- state
+        self._habits: OrderedDict[Key, Habit] = OrderedDict()
+        self._awaited: OrderedDict[int, Place] = OrderedDict()  # last block of a finished prompt → its place
+        self._ends: list[tuple[float, int]] = []  # heap of (when the place is given up, block)
+        self._judged: list[tuple[float, int]] = []  # heap of (when it counts as not come back, block)
+        self._kept: dict[str, int] = {}  # worker → blocks kept there
+
+    def __repr__(self) -> str:
+        return f"<Returns {len(self._awaited)} awaited, {sum(self._kept.values())} blocks kept>"
+
+    def kept(self, worker: str) -> int:
+        """Blocks of `worker` that are kept for calls that may come back."""
+        return self._kept.get(worker, 0)
+
+    def habit(self, key: Key) -> Habit:
+        habit = self._habits.get(key)
+        if habit is None:
+            habit = self._habits[key] = Habit()
+            while len(self._habits) > _KEYS:
+                self._habits.popitem(last=False)
+        return habit
+
+    def finished(self, key: Key, chain: Chain, worker: str, blocks: int, whole_s: float, now: float) -> None:
+        """A call of `key` ended on `worker`, leaving `blocks` that nobody else holds. `whole_s`: seconds to prefill
+        as many tokens as the worker's KV cache has."""
+        if not chain or not blocks:
+            return
+        habit = self.habit(key)
+        window = min(_LONGEST_S, whole_s)
+        pays = habit.mean_s < habit.probability * window
+        until = now + min(window, habit.patience_s) if pays else now
+        self._forget(chain[-1])
+        place = self._awaited[chain[-1]] = Place(key, worker, blocks if pays else 0, now, until)
+        self._keep(worker, place.blocks)
+        if pays:
+            heapq.heappush(self._ends, (until, chain[-1]))
+        heapq.heappush(self._judged, (now + window, chain[-1]))
+        while len(self._awaited) > _AWAITED:
+            self._forget(next(iter(self._awaited)))
+
+    def arrived(self, chain: Chain, now: float) -> None:
+        """A call with this prompt has come: if it extends a finished one, that has come back, and needs no place any
+        more, since it is first in line now."""
+        if self._awaited:
+            for block in reversed(chain):
+                place = self._awaited.get(block)
+                if place is not None:
+                    self.habit(place.key).came(now - place.since)
+                    self._forget(block)
+                    return
+
+    def expire(self, now: float) -> None:
+        """Gives up what was kept long enough, and learns from what has not come back."""
+        while self._ends and self._ends[0][0] <= now:
+            until, block = heapq.heappop(self._ends)
+            place = self._awaited.get(block)
+            if place is not None and place.until == until:
+                self._give_up(place)
+        while self._judged and self._judged[0][0] <= now:
+            _, block = heapq.heappop(self._judged)
+            place = self._awaited.get(block)
+            if place is not None and place.until <= now:
+                self.habit(place.key).stayed_away()
+                self._forget(block)
+
+    def next_end(self) -> float | None:
+        """When the next place is given up."""
+        while self._ends:
+            until, block = self._ends[0]
+            place = self._awaited.get(block)
+            if place is not None and place.until == until and place.blocks:
+                return until
+            heapq.heappop(self._ends)
+        return None
+
+    def gone(self, worker: str) -> None:
+        """`worker` was lost, or its cache."""
+        for block in [b for b, place in self._awaited.items() if place.worker == worker]:
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        place = self._awaited.pop(block, None)
+        if place is not None:
+            self._give_up(place)
+
+    def _give_up(self, place: Place) -> None:
+        self._keep(place.worker, -place.blocks)
+        place.blocks = 0
+
+    def _keep(self, worker: str, blocks: int) -> None:
+        left = self._kept.get(worker, 0) + blocks
+        if left > 0:
+            self._kept[worker] = left
+        else:
+            self._kept.pop(worker, None)
