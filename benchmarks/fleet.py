@@ -260,9 +260,13 @@ class Fleet:
             self._decide_due = False
             return
         self._decide_due = False
-        began = time.thread_time()
-        assignments = decide(self._state, self.now)
-        self._decide_s.append(time.thread_time() - began)
+        assignments: list[Assignment] = []
+        more = True
+        while more:
+            began = time.thread_time()
+            assignments += decide(self._state, self.now)
+            self._decide_s.append(time.thread_time() - began)
+            more = self._state.unfinished
         end = self._state.returns.next_end()
         if end is not None and self._state.queues:
             self._at(max(end, self.now), self._wake)

@@ -125,6 +125,7 @@ def decide_cost(console: Console) -> list[dict[str, float]]:
         running: deque[tuple[str, str]] = deque()
         now = 0.0
         spent: list[float] = []
+        filled = False
         while len(spent) < 200:
             for call in islice(waiting, queue - state.queued):
                 state.enqueue(call, now)
@@ -132,10 +133,11 @@ def decide_cost(console: Console) -> list[dict[str, float]]:
                 break  # no calls left
             began = time.thread_time()
             assignments = decide(state, now)
-            if running:
+            if filled:
                 spent.append(time.thread_time() - began)
             running += [(assignment.worker, assignment.call.id) for assignment in assignments]
-            if running and (state.queued == queue or not assignments):
+            if running and not state.unfinished and (state.queued == queue or not assignments):
+                filled = True
                 now += 0.05
                 worker, name = running.popleft()
                 state.release(worker, name, now)

@@ -208,6 +208,9 @@ class Dispatcher:
                 self.release(assignment, ok=False)
             else:
                 future.set_result(assignment)
+        if self.state.unfinished:
+            self._pump_soon()
+            return
         end = self.state.returns.next_end()
         if end is not None and self.state.queues:  # somebody may take the place then that is kept until then
             delay = max(0.0, end - self._clock())

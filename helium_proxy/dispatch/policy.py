@@ -21,6 +21,8 @@ Late binding: a lane is an intention, and what waits in it can still be taken ov
 
 from __future__ import annotations
 
+from heapq import nsmallest
+
 from helium_proxy.dispatch.calls import Assignment, QueuedCall, Reason
 from helium_proxy.dispatch.queue import Lane, Queue
 from helium_proxy.dispatch.state import DispatchState, WorkerState
@@ -31,6 +33,9 @@ _STARTED_BONUS = 0.3
 """What a call gains on others, as a share of its prompt, since its run has begun: what that left would be lost."""
 _WASTE = 2.0
 """A call's own cost counts twice against the wait for others: work not done is done for nobody else either."""
+_LOOKED_UP, _LEAST_PLACED = 4096, 16
+"""Pairs of call and worker that one decision compares, and calls it places all the same: after a burst of arrivals
+the rest is left to the next decision, so that nothing else waits long."""
 _PASSES = 256
 """So many calls may go before one of lower rank until none may any more."""
 
@@ -38,10 +43,12 @@ _PASSES = 256
 def decide(state: DispatchState, now: float) -> list[Assignment]:
     """Assigns what can start now; the assigned calls have left the queue and are running in `state`.
 
-    O(workers) table look-ups for a call that has arrived and O(window) for one that starts.
+    O(workers) table look-ups for a call that has arrived and O(window) for one that starts. `state.unfinished` says
+    whether there is more to decide at once.
     """
     assignments: list[Assignment] = []
     state.returns.expire(now)
+    state.unfinished = False
     for model in list(state.queues):
         queue = state.queues[model]
         workers = [w for w in state.workers.values() if w.open and model in w.models]
@@ -56,8 +63,10 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
     ready = {w.id for w in workers}
     for name in [name for name in queue.lanes if name not in ready]:
         queue.close(name)
-    for call in sorted(queue.unplaced.values(), key=lambda c: c.rank):
+    at_once = max(_LEAST_PLACED, _LOOKED_UP // len(workers))
+    for call in nsmallest(at_once, queue.unplaced.values(), key=lambda c: c.rank):
         _place(state, queue, call, workers)
+    state.unfinished = state.unfinished or bool(queue.unplaced)
     assignments: list[Assignment] = []
     for worker in workers:
         assignments += _fill(state, queue, worker, now)

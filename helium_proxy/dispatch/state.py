@@ -152,6 +152,7 @@ class DispatchState:
         self._run_started: OrderedDict[int, float] = OrderedDict()  # run_seq → its first arrival here
         self.returns = Returns()
         self.started: OrderedDict[int, None] = OrderedDict()  # runs of which a call was assigned
+        self.unfinished = False  # the last decision has left calls that it could have placed
         self._sequence = 0
         self._turn = 0  # for round robin
 
