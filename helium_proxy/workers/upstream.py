@@ -16,7 +16,7 @@ import yarl
 from helium_proxy.workers.settings import WorkersSettings
 from helium_proxy.workers.worker import Worker
 
-FailureKind = Literal["stale", "refused", "lost", "timeout"]
+FailureKind = Literal["refused", "lost", "timeout"]
 
 # Hop-by-hop headers (RFC 9110, 7.6.1), and those the sending side sets anew.
 HOP_BY_HOP = frozenset(
@@ -44,8 +44,8 @@ _STALE_AT_ONCE_S = 0.25
 
 
 class SendFailed(Exception):
-    """A worker gave no answer. `kind`: ``stale`` (a kept connection had been closed), ``refused`` (none could be
-    opened), ``lost`` (a fresh one broke), ``timeout``."""
+    """A worker gave no answer. `kind`: ``refused`` (no connection could be opened), ``lost`` (an open one broke),
+    ``timeout``."""
 
     def __init__(self, kind: FailureKind, detail: str) -> None:
         super().__init__(f"{kind}: {detail}")
