@@ -7,8 +7,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from types import TracebackType
 from typing import Any
 
 import orjson
@@ -35,14 +35,25 @@ _BUDGET_CALLS = 200
 _BUDGET_FLOOR = 10
 
 
-@contextmanager
-def failing_open(room: str) -> Iterator[None]:
+class failing_open:
     """A bug in `room` costs its benefit, never the answer."""
-    try:
-        yield
-    except Exception:
-        log.exception("a room failed; the call goes on without it", room=room)
-        metrics.FAIL_OPEN.labels(room).inc()
+
+    __slots__ = ("_room",)
+
+    def __init__(self, room: str) -> None:
+        self._room = room
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        log.error("a room failed; the call goes on without it", room=self._room, exc_info=error)
+        metrics.FAIL_OPEN.labels(self._room).inc()
+        return True
 
 
 class RetryBudget:
@@ -218,7 +229,7 @@ class _Exchange:
         ticket.head_at = services.clock()
         services.pool.note(worker, None if upstream.status < 500 else SendFailed("timeout", f"{upstream.status}"))
         await self._finish_whole(upstream.status, body)
-        return Answer(upstream.status, upstream.headers, _once(body))
+        return Answer(upstream.status, upstream.headers, body)
 
     def _tell_started(self, now: float) -> None:
         arrival = self._ticket.arrival
@@ -387,11 +398,13 @@ def report(
 
 def source_of(services: Services, ticket: Ticket) -> Source:
     """What the tokens of a call's prompt can be made from later."""
-    request = ticket.request
-    own = request.body.get("cache_salt")
-    salt = ticket.salt or (own if isinstance(own, str) else "")
-    size = services.tokenizers.block_size(request.model)
-    return Source(request.route, request.model, request.body, salt, size)
+    if ticket.source is None:
+        request = ticket.request
+        own = request.body.get("cache_salt")
+        salt = ticket.salt or (own if isinstance(own, str) else "")
+        size = services.tokenizers.block_size(request.model)
+        ticket.source = Source(request.route, request.model, request.body, salt, size)
+    return ticket.source
 
 
 def _trace(ticket: Ticket, outcome: Outcome) -> None:
@@ -415,21 +428,25 @@ def count(services: Services, ticket: Ticket, fate: Fate, reply: Reply, now: flo
     prompt, output, cached = reply.prompt_tokens or 0, reply.output_tokens or 0, reply.cached_tokens or 0
     if fate == "error" or not prompt:
         return
-    rates = next((w.rates for w in services.dispatcher.state.serving(ticket.request.model)), None)
     tokens = metrics.PROMPT_TOKENS
     if fate == "computed":
         tokens.labels(workflow, node, "computed").inc(max(0, prompt - cached))
         metrics.OUTPUT_TOKENS.labels(workflow, node, "computed").inc(output)
         if cached:
             tokens.labels(workflow, node, "kv_hit").inc(cached)
-            if rates is not None:
-                metrics.SAVED_SECONDS.labels(workflow, "kv_hit").inc(rates.work(cached, 0))
+            metrics.SAVED_SECONDS.labels(workflow, "kv_hit").inc(_engine_seconds(services, ticket, cached, 0))
         return
     by = "prompt_cache" if fate == "hit" else "coalesced"
     tokens.labels(workflow, node, by).inc(prompt)
     metrics.OUTPUT_TOKENS.labels(workflow, node, by).inc(output)
-    if rates is not None:
-        metrics.SAVED_SECONDS.labels(workflow, by).inc(rates.work(prompt, output))
+    metrics.SAVED_SECONDS.labels(workflow, by).inc(_engine_seconds(services, ticket, prompt, output))
+
+
+def _engine_seconds(services: Services, ticket: Ticket, prompt: int, output: int) -> float:
+    """What so many tokens cost, at the rates of the worker that computed the call, or of any of its model."""
+    state = services.dispatcher.state
+    worker = state.workers.get(ticket.worker or "") or next(iter(state.serving(ticket.request.model)), None)
+    return worker.rates.work(prompt, output) if worker is not None else 0.0
 
 
 def _again(call: QueuedCall, failed: str) -> QueuedCall:
@@ -451,12 +468,8 @@ def _again(call: QueuedCall, failed: str) -> QueuedCall:
     )
 
 
-async def _once(body: bytes) -> AsyncIterator[bytes]:
-    yield body
-
-
 async def _discard(answer: Answer) -> None:
-    aclose = getattr(answer.chunks, "aclose", None)
+    aclose = getattr(answer.content, "aclose", None)
     if aclose is not None:
         await aclose()
     if answer.close is not None:

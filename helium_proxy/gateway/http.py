@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from starlette.types import Message, Receive, Scope, Send
@@ -102,37 +102,90 @@ async def send_stream(send: Send, status: int, headers: RawHeaders, chunks: Asyn
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def while_connected(receive: Receive, work: Callable[[], Awaitable[object]]) -> None:
-    """Runs `work` and cancels it as soon as the client goes away. Raises ClientGone in that case.
+class Sending:
+    """An ASGI `send` that remembers the status it has sent."""
 
-    A client is watched from `_WATCH_AFTER_S` on: an answer that comes sooner costs no task to watch for its reader.
+    __slots__ = ("_send", "status")
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        # -- state
+        self.status = 0
+        """0: no answer has begun."""
+
+    def __call__(self, message: Message) -> Awaitable[None]:
+        if not self.status and message["type"] == "http.response.start":
+            self.status = message["status"]
+        return self._send(message)
+
+
+class Watch:
+    """Cancels the current task when its client goes away or its time is up, whichever is first; `stop` ends that.
+
+    A client is watched from `_WATCH_AFTER_S` on: an answer that comes sooner costs no task to watch for its reader,
+    and its deadline no timer of its own.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    gone = False
-    watcher: asyncio.Task[None] | None = None
 
-    async def watch() -> None:
-        nonlocal gone
-        message: Message = await receive()
-        while message["type"] != "http.disconnect":
-            message = await receive()
-        gone = True
-        task.cancel()
+    __slots__ = ("_ends_at", "_loop", "_receive", "_task", "_timer", "_watcher", "ended_by")
 
-    def begin() -> None:
-        nonlocal watcher
-        watcher = asyncio.ensure_future(watch())
+    def __init__(self, receive: Receive, timeout_s: float | None = None) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._receive = receive
+        self._loop = loop = asyncio.get_running_loop()
+        self._ends_at = None if timeout_s is None else loop.time() + timeout_s
+        # -- state
+        self.ended_by: Literal["client", "time"] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        soon = timeout_s is not None and timeout_s <= _WATCH_AFTER_S
+        self._timer = (
+            loop.call_later(timeout_s or 0.0, self.cut) if soon else loop.call_later(_WATCH_AFTER_S, self._begin)
+        )
 
-    timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_S, begin)
+    def cut(self) -> None:
+        """The time is up now."""
+        self._end("time")
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    def cancelled(self) -> bool:
+        """Whether the CancelledError that has just been caught was this one's, and nobody else's."""
+        return self.ended_by is not None and self._task.uncancel() == 0
+
+    def _begin(self) -> None:
+        self._watcher = self._loop.create_task(self._wait_for_client())
+        if self._ends_at is not None:
+            self._timer = self._loop.call_at(self._ends_at, self.cut)
+
+    async def _wait_for_client(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._end("client")
+
+    def _end(self, by: Literal["client", "time"]) -> None:
+        if self.ended_by is None:
+            self.ended_by = by
+            self._task.cancel()
+
+
+async def while_connected(receive: Receive, work: Callable[[], Awaitable[object]]) -> None:
+    """Runs `work` and cancels it as soon as the client goes away. Raises ClientGone in that case."""
+    watch = Watch(receive)
     try:
         await work()
     except asyncio.CancelledError:
-        if gone and task.uncancel() == 0:
-            metrics.DISCONNECTS.inc()
-            raise ClientGone("the client left") from None
+        if watch.cancelled():
+            raise client_gone() from None
         raise
     finally:
-        timer.cancel()
-        if watcher is not None:
-            watcher.cancel()
+        watch.stop()
+
+
+def client_gone() -> ClientGone:
+    """Counted, too."""
+    metrics.DISCONNECTS.inc()
+    return ClientGone("the client left")

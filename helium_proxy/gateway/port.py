@@ -62,7 +62,7 @@ class PlanPort:
         try:
             served = await self._llm.calls.serve(ticket)
             try:
-                content = b"".join([chunk async for chunk in served.chunks])
+                content = await served.read()
             finally:
                 served.close()
         except HeliumError as error:
