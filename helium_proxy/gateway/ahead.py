@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import structlog
 
 from helium_proxy import metrics
@@ -50,8 +51,7 @@ _TENDED = 8
 """Workers whose pins are planned in one tick: in a larger fleet they take turns."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """A call that has been answered."""
 
     call: str

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import orjson
 import xxhash
 
@@ -73,8 +74,7 @@ class Message:
     later reply, so it is never searched again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True):
     """The messages of one call and the rolling hash after each."""
 
     messages: tuple[Message, ...]

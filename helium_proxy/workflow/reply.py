@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from helium_proxy.workflow.prompt import text_of
 
 MAX_TEXT_CHARS = 262_144
 """Longer replies are cut: what is kept suffices to recognise them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """The parts of one response. `tool_calls` are ids."""
 
     text: str = ""

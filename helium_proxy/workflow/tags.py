@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import unquote
 
+import msgspec
 import orjson
 
 from helium_proxy.errors import InvalidRequest
@@ -33,8 +33,7 @@ _MAX_DEADLINE_MS = 7 * 86_400_000.0
 _INT32 = 2**31
 
 
-@dataclass(frozen=True, slots=True)
-class Tags:
+class Tags(msgspec.Struct, frozen=True):
     """One request's tags after precedence and validation."""
 
     workflow: str | None = None
@@ -50,7 +49,7 @@ class Tags:
     spawned_by: str | None = None
     """A run that spawned this one (`parent_program_id`)."""
     session: Session | None = None
-    sources: Mapping[str, Source] = field(default_factory=dict)
+    sources: Mapping[str, Source] = msgspec.field(default_factory=dict)
     conflicts: tuple[str, ...] = ()
     """Fields that two sources gave differently."""
     ignored: tuple[str, ...] = ()
