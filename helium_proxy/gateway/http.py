@@ -24,8 +24,6 @@ _NOT_RELAYED = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te", "content-length", "date", "server"}
 )
 
-_WATCH_AFTER_S = 0.02
-
 
 def header_map(scope: Scope) -> dict[str, str]:
     """Request headers, names in lower case; repeated ones joined as RFC 9110 allows."""
@@ -119,51 +117,57 @@ class Sending:
         return self._send(message)
 
 
+GONE = "helium.gone"
+"""In the scopes of our own protocol: a set of functions, called when the client goes away."""
+
+
 class Watch:
-    """Cancels the current task when its client goes away or its time is up, whichever is first; `stop` ends that.
+    """Cancels the current task when its client goes away or its time is up, whichever is first; `stop` ends that."""
 
-    A client is watched from `_WATCH_AFTER_S` on: an answer that comes sooner costs no task to watch for its reader,
-    and its deadline no timer of its own.
-    """
+    __slots__ = ("_gone", "_task", "_timer", "_watcher", "ended_by")
 
-    __slots__ = ("_ends_at", "_loop", "_receive", "_task", "_timer", "_watcher", "ended_by")
-
-    def __init__(self, receive: Receive, timeout_s: float | None = None) -> None:
+    def __init__(self, scope: Scope, receive: Receive, timeout_s: float | None = None) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._receive = receive
-        self._loop = loop = asyncio.get_running_loop()
-        self._ends_at = None if timeout_s is None else loop.time() + timeout_s
+        self._gone: set[Callable[[], None]] | None = scope.get(GONE)
         # -- state
         self.ended_by: Literal["client", "time"] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._watcher: asyncio.Task[None] | None = None
-        soon = timeout_s is not None and timeout_s <= _WATCH_AFTER_S
-        self._timer = (
-            loop.call_later(timeout_s or 0.0, self.cut) if soon else loop.call_later(_WATCH_AFTER_S, self._begin)
-        )
+        loop = asyncio.get_running_loop()
+        if timeout_s is not None:
+            self._timer = loop.call_later(timeout_s, self.cut)
+        if self._gone is not None:
+            self._gone.add(self._client_left)
+        else:  # another server's protocol: it tells only who asks
+            self._watcher = loop.create_task(self._wait_for_client(receive))
 
     def cut(self) -> None:
         """The time is up now."""
         self._end("time")
 
     def stop(self) -> None:
-        self._timer.cancel()
+        # What is dropped here would hold this object in a cycle, which then waits for the garbage collector.
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._gone is not None:
+            self._gone.discard(self._client_left)
         if self._watcher is not None:
             self._watcher.cancel()
+            self._watcher = None
 
     def cancelled(self) -> bool:
         """Whether the CancelledError that has just been caught was this one's, and nobody else's."""
         return self.ended_by is not None and self._task.uncancel() == 0
 
-    def _begin(self) -> None:
-        self._watcher = self._loop.create_task(self._wait_for_client())
-        if self._ends_at is not None:
-            self._timer = self._loop.call_at(self._ends_at, self.cut)
-
-    async def _wait_for_client(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
+    async def _wait_for_client(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
             pass
+        self._client_left()
+
+    def _client_left(self) -> None:
         self._end("client")
 
     def _end(self, by: Literal["client", "time"]) -> None:
@@ -172,9 +176,9 @@ class Watch:
             self._task.cancel()
 
 
-async def while_connected(receive: Receive, work: Callable[[], Awaitable[object]]) -> None:
+async def while_connected(scope: Scope, receive: Receive, work: Callable[[], Awaitable[object]]) -> None:
     """Runs `work` and cancels it as soon as the client goes away. Raises ClientGone in that case."""
-    watch = Watch(receive)
+    watch = Watch(scope, receive)
     try:
         await work()
     except asyncio.CancelledError:

@@ -128,7 +128,7 @@ class LlmRoutes:
         if ticket.hints.deadline_s is not None:
             timeout = min(timeout, ticket.hints.deadline_s)
         try:
-            await self._answer(ticket, receive, send, timeout)
+            await self._answer(ticket, Watch(scope, receive, timeout), send, timeout)
         except HeliumError as error:
             report(services, ticket, "error", Reply(), status=error.status)
             raise
@@ -217,9 +217,8 @@ class LlmRoutes:
             metrics.FAIL_OPEN.labels("reuse").inc()
         return None
 
-    async def _answer(self, ticket: Ticket, receive: Receive, send: Sending, timeout: float) -> None:
+    async def _answer(self, ticket: Ticket, watch: Watch, send: Sending, timeout: float) -> None:
         services = self._services
-        watch = Watch(receive, timeout)
         services.watches.add(watch)
         try:
             served = await self.calls.serve(ticket)

@@ -200,6 +200,7 @@ class Coalescer:
             raise
         finally:
             self._retire(flight)
+            flight.leader = None  # or the two hold each other until the garbage collector comes
             if answer is not None:
                 await _close(answer)
 
