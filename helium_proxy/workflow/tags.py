@@ -98,7 +98,7 @@ def _name(raw: Any, settings: WorkflowSettings) -> str | None:
     text = raw.strip()
     if len(text) > settings.max_tag_chars:
         raise ValueError(f"is longer than {settings.max_tag_chars} characters")
-    if _CONTROL.search(text):
+    if not text.isprintable() and _CONTROL.search(text):
         raise ValueError("has control characters")
     return text or None
 
@@ -110,6 +110,8 @@ def _parents(raw: Any, settings: WorkflowSettings) -> tuple[str, ...]:
         raise ValueError("must be a list of node names or response ids")
     if len(raw) > settings.max_parents:
         raise ValueError(f"names more than {settings.max_parents} parents")
+    if not raw:
+        return ()
     names = [_name(item, settings) for item in raw]
     return tuple(dict.fromkeys(name for name in names if name))
 
@@ -171,27 +173,27 @@ _PARSERS: dict[str, Callable[[Any, WorkflowSettings], Any]] = {
 def _body_fields(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Tags found in the body, best first."""
     own = body.get("helium")
-    if isinstance(own, Mapping):
-        yield from ((name, own.get(name)) for name in FIELDS)
+    if isinstance(own, dict):
+        yield from [(name, own[name]) for name in FIELDS if name in own]
     metadata = body.get("metadata")
-    if isinstance(metadata, Mapping):
+    if isinstance(metadata, dict):
         yield from ((name, metadata.get(f"helium.{name}")) for name in FIELDS)
     xargs = body.get("vllm_xargs")
-    if isinstance(xargs, Mapping):
+    if isinstance(xargs, dict):
         context = xargs.get("agentic_context")
         if isinstance(context, str) and len(context) <= 16_384:
             try:
                 context = orjson.loads(context)
             except orjson.JSONDecodeError:
                 context = None
-        if isinstance(context, Mapping):
+        if isinstance(context, dict):
             yield "run", context.get("program_id")
             yield "node", context.get("agent_id")
             yield "spawned_by", context.get("parent_program_id")
             yield "priority", context.get("priority")
             yield "output_tokens", context.get("expected_output_length")
     nvext = body.get("nvext")
-    if isinstance(nvext, Mapping) and isinstance(hints := nvext.get("agent_hints"), Mapping):
+    if isinstance(nvext, dict) and isinstance(hints := nvext.get("agent_hints"), dict):
         yield "output_tokens", hints.get("osl")
         yield "priority", hints.get("priority")
 
@@ -217,7 +219,7 @@ def read(body: Mapping[str, Any], headers: Mapping[str, str], settings: Workflow
     reader = _Reader(settings)
     if has_body:
         own = body.get("helium")
-        if own is not None and not isinstance(own, Mapping):
+        if own is not None and not isinstance(own, dict):
             if settings.strict:
                 raise InvalidRequest("helium: must be an object", param="helium")
             reader.ignored.append("helium")
@@ -284,12 +286,12 @@ def strip_tags(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     """
     changes: dict[str, dict[str, Any]] = {}
     metadata = body.get("metadata")
-    if isinstance(metadata, Mapping):
+    if isinstance(metadata, dict):
         kept = {key: value for key, value in metadata.items() if not _is_ours(key)}
         if len(kept) != len(metadata):
             changes["metadata"] = kept
     transfer = body.get("kv_transfer_params")
-    if isinstance(transfer, Mapping) and "helium" in transfer:
+    if isinstance(transfer, dict) and "helium" in transfer:
         changes["kv_transfer_params"] = {key: value for key, value in transfer.items() if key != "helium"}
     if not changes and "helium" not in body:
         return body, False
