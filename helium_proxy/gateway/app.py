@@ -191,6 +191,8 @@ async def _tick(services: Services) -> None:
 
 def _gauges(services: Services) -> None:
     metrics.RUNS_LIVE.set(services.workflows.statistics().runs_live)
+    if services.cache is not None:
+        services.cache.report()
     state = services.dispatcher.state
     for model in services.pool.models():
         queue = state.queues.get(model)
