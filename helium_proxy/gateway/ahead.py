@@ -345,6 +345,8 @@ class Ahead:
 
     def _meet(self, chain: Chain, worker: str) -> None:
         """Whether a call begins with a prefix that was prefilled for it."""
+        if not self._awaited:
+            return
         for blocks in {a.blocks for a in self._awaited.values()}:
             if len(chain) >= blocks and (awaited := self._awaited.pop(chain[blocks - 1], None)) is not None:
                 metrics.LOOKAHEAD.labels("used" if awaited.worker == worker else "wasted").inc()

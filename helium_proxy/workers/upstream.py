@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping
+from functools import lru_cache
 from typing import Literal
 
 import aiohttp
@@ -41,6 +42,12 @@ _STALE_TRIES = 3
 """Kept connections to try before giving up: each try removes a dead one from the pool."""
 _STALE_AT_ONCE_S = 0.25
 """A send that fails later than this had reached a worker."""
+
+
+@lru_cache(maxsize=1024)
+def _url(url: str) -> yarl.URL:
+    """Parsed once: a `URL` also remembers what is asked of its parts."""
+    return yarl.URL(url, encoded=True)
 
 
 class SendFailed(Exception):
@@ -133,7 +140,7 @@ class UpstreamClient:
             try:
                 response = await self._session.request(
                     method,
-                    yarl.URL(worker.spec.url + path, encoded=True),
+                    _url(worker.spec.url + path),
                     data=body,
                     headers={**headers, **_OURS, **worker.headers},
                     allow_redirects=False,
