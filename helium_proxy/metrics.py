@@ -63,7 +63,9 @@ class _Family(MetricWrapperBase):
 
 
 class _Counter(_Family, Counter):
-    pass
+    def inc(self, amount: float = 1, exemplar: dict[str, str] | None = None) -> None:
+        """As the library's, without its checks (nothing here counts backwards); exemplars are not kept."""
+        self._value.inc(amount)
 
 
 class _Histogram(_Family, Histogram):

@@ -16,6 +16,10 @@ from helium_proxy.errors import HeadersTooLarge
 from helium_proxy.gateway.http import GONE
 
 
+def _size(url: bytes, headers: list[tuple[bytes, bytes]]) -> int:
+    return len(url) + sum(len(k) + len(v) for k, v in headers)
+
+
 class _HeldHead:
     """The transport of one answer: its first write, the head, waits for the second, a turn of the loop at most."""
 
@@ -60,6 +64,7 @@ def bounded_protocol(max_head_bytes: int) -> type[HttpToolsProtocol]:
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             # -- state
+            self._received = 0  # bytes that came last
             self._head: int | None = None  # bytes of a head that has begun and is not complete
             self._too_large = False
             self._refused = False
@@ -73,6 +78,7 @@ def bounded_protocol(max_head_bytes: int) -> type[HttpToolsProtocol]:
         def data_received(self, data: bytes) -> None:
             if self._refused:
                 return
+            self._received = len(data)
             super().data_received(data)
             if self._head is not None:
                 self._head += len(data)
@@ -84,8 +90,8 @@ def bounded_protocol(max_head_bytes: int) -> type[HttpToolsProtocol]:
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
-            self._head = None
-            if len(self.url) + sum(len(k) + len(v) for k, v in self.headers) > max_head_bytes:
+            came, self._head = (self._head or 0) + self._received, None  # of the head, and perhaps of the body
+            if came > max_head_bytes and _size(self.url, self.headers) > max_head_bytes:
                 self._too_large = True
                 raise HeadersTooLarge("head")  # the parser stops, and asks for `send_400_response`
             before = self.cycle
