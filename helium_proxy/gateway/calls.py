@@ -12,7 +12,8 @@ import structlog
 
 from helium_proxy import metrics
 from helium_proxy.errors import CacheMiss
-from helium_proxy.gateway.compute import Computer, report
+from helium_proxy.gateway.afterwards import report
+from helium_proxy.gateway.compute import Computer
 from helium_proxy.gateway.http import RawHeaders, relayed
 from helium_proxy.gateway.replies import Reply, read_reply
 from helium_proxy.gateway.services import Services

@@ -22,9 +22,9 @@ from helium_proxy.errors import (
     NotFound,
     UpstreamFailed,
 )
+from helium_proxy.gateway.afterwards import report
 from helium_proxy.gateway.auth import Principal
 from helium_proxy.gateway.calls import Calls, Served
-from helium_proxy.gateway.compute import report
 from helium_proxy.gateway.http import (
     RawHeaders,
     Sending,
@@ -262,7 +262,8 @@ class LlmRoutes:
             metrics.FIRST_TOKEN_SECONDS.labels(model).observe(ticket.head_at - ticket.arrived_at)
         content = served.content
         if isinstance(content, bytes) or not served.stream:
-            await send_whole(send, served.status, headers, await served.read())
+            body = content if isinstance(content, bytes) else await served.read()
+            await send_whole(send, served.status, headers, body)
             return
         metrics.STREAMS_OPEN.inc()
         try:

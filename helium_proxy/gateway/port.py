@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 
 from helium_proxy.errors import HeliumError, InvalidRequest, ModelNotFound
+from helium_proxy.gateway.afterwards import report
 from helium_proxy.gateway.auth import Principal
-from helium_proxy.gateway.compute import report
 from helium_proxy.gateway.llm import LlmRoutes
 from helium_proxy.gateway.replies import Reply, read_reply
 from helium_proxy.gateway.services import Services
