@@ -89,7 +89,7 @@ class Forecast:
                 self._bases[key[0]] = key
         # Compiling costs by the edge, and matters less once runs have confirmed what is known.
         edges = sum(len(node.stats.edges) for node in self._nodes.values())
-        self.keep = max(edges / 64, 1.0) * (1.0 if template.runs < 5 else 8.0)
+        self.keep = max(edges / 32, 1.0) * (1.0 if template.runs < 5 else 8.0)
         self._link()
         self._chains()
 

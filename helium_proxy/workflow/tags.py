@@ -209,10 +209,10 @@ def _baggage(value: str) -> Iterator[tuple[str, str]]:
 
 def read(body: Mapping[str, Any], headers: Mapping[str, str], settings: WorkflowSettings) -> Tags:
     """The tags of one request. Raises `InvalidRequest` in strict mode only."""
-    names = headers.keys() & _INTERESTING
-    if native_headers.GENERIC_SUFFIX in ",".join(headers):
-        names |= {name for name in headers if name.endswith(native_headers.GENERIC_SUFFIX)}
-    interesting = {name: headers[name] for name in headers if name in names} if names else {}
+    suffix = native_headers.GENERIC_SUFFIX
+    interesting: dict[str, str] = {}
+    if suffix in ",".join(headers) or not _INTERESTING.isdisjoint(headers):
+        interesting = {n: v for n, v in headers.items() if n in _INTERESTING or n.endswith(suffix)}
     has_body = "helium" in body or "metadata" in body or "vllm_xargs" in body or "nvext" in body
     if not interesting and not has_body:
         return _NO_TAGS
