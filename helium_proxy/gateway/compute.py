@@ -135,17 +135,15 @@ class Computer:
 
     async def keep(self, ticket: Ticket, answer: dict[str, Any], reply: Reply) -> None:
         """Remembers a complete answer for those who ask the same. Never raises."""
-        with failing_open("reuse"):
-            await self._keep(ticket, answer, reply)
-
-    async def _keep(self, ticket: Ticket, answer: dict[str, Any], reply: Reply) -> None:
         key, services = ticket.key, self._services
         if key is None:
             return
-        self.replies[key] = reply
-        while len(self.replies) > 1024:
-            del self.replies[next(iter(self.replies))]
-        if services.cache is not None and ticket.control.may_store:
+        with failing_open("reuse"):
+            self.replies[key] = reply
+            while len(self.replies) > 1024:
+                del self.replies[next(iter(self.replies))]
+            if services.cache is None or not ticket.control.may_store:
+                return
             request = ticket.request
             entry = make_entry(
                 answer,
