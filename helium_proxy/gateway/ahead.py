@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import structlog
 
 from helium_proxy import metrics
@@ -50,8 +51,7 @@ _TENDED = 8
 """Workers whose pins are planned in one tick: in a larger fleet they take turns."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """A call that has been answered."""
 
     call: str
@@ -345,6 +345,8 @@ class Ahead:
 
     def _meet(self, chain: Chain, worker: str) -> None:
         """Whether a call begins with a prefix that was prefilled for it."""
+        if not self._awaited:
+            return
         for blocks in {a.blocks for a in self._awaited.values()}:
             if len(chain) >= blocks and (awaited := self._awaited.pop(chain[blocks - 1], None)) is not None:
                 metrics.LOOKAHEAD.labels("used" if awaited.worker == worker else "wasted").inc()

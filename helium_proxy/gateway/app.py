@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from helium_proxy import __version__, metrics
 from helium_proxy.config import Settings
@@ -54,6 +54,22 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._serve(scope, receive, send)
+
+
+class App(FastAPI):
+    """FastAPI, whose layers the calls go around: each of them costs a call more than finding its route does, and what
+    they offer (documented parameters, error pages) calls have of their own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # -- state: by path, POST only; filled as the application starts
+        self.planned: dict[str, ASGIApp] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        planned = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            planned = self.planned.get(scope["path"])
+        await (planned or super().__call__)(scope, receive, send)
 
 
 def build_services(settings: Settings) -> Services:
@@ -114,7 +130,7 @@ def create_app(settings: Settings) -> FastAPI:
     """The ASGI application; `app.state.services` is there once it has started."""
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         services = app.state.services = build_services(settings)
         _mount(app, services)
         for spec in settings.workers:
@@ -128,7 +144,7 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             await _close(services)
 
-    app = FastAPI(
+    app = App(
         title="helium-proxy",
         version=__version__,
         description="OpenAI-compatible proxy that schedules agent workflows on vLLM workers.",
@@ -143,11 +159,10 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _mount(app: FastAPI, services: Services) -> None:
+def _mount(app: App, services: Services) -> None:
     llm = LlmRoutes(services)
+    app.planned = dict.fromkeys(PLANNED, llm.planned)
     routes = app.router.routes
-    # The routes of every call come first: they are matched in order.
-    routes[:0] = [Route(path, Endpoint(llm.planned), methods=["POST"]) for path in sorted(PLANNED)]
     app.include_router(model_routes(services))
     app.include_router(admin_routes(services))
     plans = plan_deps(services, llm)
@@ -176,6 +191,8 @@ async def _tick(services: Services) -> None:
 
 def _gauges(services: Services) -> None:
     metrics.RUNS_LIVE.set(services.workflows.statistics().runs_live)
+    if services.cache is not None:
+        services.cache.report()
     state = services.dispatcher.state
     for model in services.pool.models():
         queue = state.queues.get(model)

@@ -12,29 +12,37 @@ import structlog
 
 from helium_proxy import metrics
 from helium_proxy.errors import CacheMiss
-from helium_proxy.gateway.compute import Computer, report
+from helium_proxy.gateway.afterwards import report
+from helium_proxy.gateway.compute import Computer
 from helium_proxy.gateway.http import RawHeaders, relayed
 from helium_proxy.gateway.replies import Reply, read_reply
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.ticket import Ticket
-from helium_proxy.reuse import Answer, Entry, Seat, StreamRenamer, as_json, as_sse, retell
+from helium_proxy.reuse import Answer, Entry, Head, Seat, StreamRenamer, as_json, as_sse, retell, retold
 
 log = structlog.get_logger(__name__)
 
 CacheResult = Literal["hit", "coalesced", "miss", "bypass"]
 
+EVENTS, JSON = b"text/event-stream; charset=utf-8", b"application/json"
+
 
 @dataclass(slots=True)
 class Served:
-    """An answer on its way to the client. `close` must be called, whatever happened to the chunks."""
+    """An answer on its way to the client: whole, or the chunks in which it comes. `close` must be called, whatever
+    happened to the chunks."""
 
     status: int
     headers: RawHeaders
-    chunks: AsyncIterator[bytes]
+    content: bytes | AsyncIterator[bytes]
     stream: bool
     cache: CacheResult
     age_s: float | None
     close: Callable[[], None]
+
+    async def read(self) -> bytes:
+        """All of it."""
+        return self.content if isinstance(self.content, bytes) else b"".join([c async for c in self.content])
 
 
 class Calls:
@@ -75,15 +83,14 @@ class Calls:
         services, request = self._services, ticket.request
         now = services.wall()
         ticket.planned_at = ticket.head_at = services.clock()
+        content: bytes | AsyncIterator[bytes]
         if ticket.stream:
-            pieces = as_sse(entry, request.id, now, ticket.wants_usage, request.body)
-            kind = b"text/event-stream; charset=utf-8"
+            content, kind = _pieces(as_sse(entry, request.id, now, ticket.wants_usage, request.body)), EVENTS
         else:
-            pieces = [as_json(entry, request.id, now, request.body)]
-            kind = b"application/json"
+            content, kind = as_json(entry, request.id, now, request.body), JSON
         self._original(ticket)
         report(services, ticket, "hit", read_reply({**orjson.loads(entry.body), "id": request.id}))
-        return Served(200, [(b"content-type", kind)], _pieces(pieces), ticket.stream, "hit", entry.age(now), _nothing)
+        return Served(200, [(b"content-type", kind)], content, ticket.stream, "hit", entry.age(now), _nothing)
 
     async def _shared(self, ticket: Ticket, key: bytes) -> Served:
         """As the leader of a new call, or in the seat of a follower of one that is under way."""
@@ -96,35 +103,57 @@ class Calls:
             seat.leave()
             raise
         headers = relayed(head.headers.items())
-        from_stream = head.headers.get("content-type", "").startswith("text/event-stream")
+        from_stream = head.body is None
+        to_stream = ticket.stream if head.status == 200 else from_stream
         result: CacheResult = "miss" if seat.leads else "coalesced"
         if ticket.head_at is None:
             ticket.planned_at = ticket.head_at = self._services.clock()
-        chunks: AsyncIterator[bytes] = seat.__aiter__()
-        to_stream = from_stream
-        if head.status == 200:
-            to_stream = ticket.stream
-        if head.status == 200 and not (seat.leads and not from_stream and not to_stream):
-            # (A leader's JSON body is its own already.)
-            chunks = retell(
-                chunks,
-                route=ticket.request.route,
-                from_stream=from_stream,
+        if head.status == 200 and from_stream != to_stream:
+            kind = EVENTS if to_stream else JSON
+            headers = [(k, v) for k, v in headers if k != b"content-type"] + [(b"content-type", kind)]
+        try:
+            content = self._own(ticket, seat, head, to_stream)
+        except BaseException:
+            seat.leave()
+            raise
+        return Served(head.status, headers, content, to_stream, result, None, seat.leave)
+
+    def _own(self, ticket: Ticket, seat: Seat, head: Head, to_stream: bool) -> bytes | AsyncIterator[bytes]:
+        """The answer in the form that this request asked for, under its own id."""
+        route, request, usage = ticket.request.route, ticket.request, ticket.wants_usage
+        if head.body is None:
+            chunks = seat.__aiter__()
+            if head.status == 200:
+                chunks = retell(
+                    chunks,
+                    route=route,
+                    from_stream=True,
+                    to_stream=to_stream,
+                    new_id=request.id,
+                    include_usage=usage,
+                    request=request.body,
+                )
+            return chunks if seat.leads else self._followed(ticket, seat, chunks)
+        if head.status != 200 or (seat.leads and not to_stream):
+            pieces = [head.body]  # an error, or a leader's JSON body, which is its own already
+        else:
+            pieces = retold(
+                head.body,
+                route=route,
                 to_stream=to_stream,
-                new_id=ticket.request.id,
-                include_usage=ticket.wants_usage,
-                request=ticket.request.body,
+                new_id=request.id,
+                include_usage=usage,
+                request=request.body,
             )
-            if from_stream != to_stream:
-                kind = b"text/event-stream; charset=utf-8" if to_stream else b"application/json"
-                headers = [(k, v) for k, v in headers if k != b"content-type"] + [(b"content-type", kind)]
-        return Served(head.status, headers, self._followed(ticket, seat, chunks), to_stream, result, None, seat.leave)
+        if not seat.leads:
+            report(self._services, ticket, "coalesced", self._original(ticket))
+        return _pieces(pieces) if to_stream else pieces[0]
 
     async def _followed(self, ticket: Ticket, seat: Seat, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """`chunks`, and at their end the bookkeeping of a call that joined another (a leader's is done already)."""
         async for chunk in chunks:
             yield chunk
-        if not seat.leads and ticket.key is not None:
+        if not seat.leads:
             report(self._services, ticket, "coalesced", self._original(ticket))
 
     def _original(self, ticket: Ticket) -> Reply:
@@ -137,19 +166,12 @@ class Calls:
         return known
 
     def _alone(self, ticket: Ticket, answer: Answer) -> Served:
-        chunks = answer.chunks
-        stream = answer.headers.get("content-type", "").startswith("text/event-stream")
-        if stream and ticket.adds_usage:
-            chunks = _without_usage(chunks, ticket)
-        return Served(
-            answer.status,
-            relayed(answer.headers.items()),
-            chunks,
-            stream,
-            "bypass",
-            None,
-            answer.close or _nothing,
-        )
+        content = answer.content
+        stream = not isinstance(content, bytes)
+        if not isinstance(content, bytes) and ticket.adds_usage:
+            content = _without_usage(content, ticket)
+        headers = relayed(answer.headers.items())
+        return Served(answer.status, headers, content, stream, "bypass", None, answer.close or _nothing)
 
 
 async def _without_usage(chunks: AsyncIterator[bytes], ticket: Ticket) -> AsyncIterator[bytes]:

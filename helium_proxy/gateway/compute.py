@@ -7,8 +7,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
@@ -17,13 +16,11 @@ import structlog
 from helium_proxy import metrics
 from helium_proxy.dispatch.state import Assignment, QueuedCall
 from helium_proxy.errors import HeliumError, NoWorker, UpstreamFailed
-from helium_proxy.gateway.ahead import Ended
-from helium_proxy.gateway.prewarm import Source
+from helium_proxy.gateway.afterwards import compare, failing_open, report, source_of
 from helium_proxy.gateway.replies import Reply, read_reply
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.ticket import Ticket, payload
 from helium_proxy.reuse import Answer, StreamAssembler, make_entry
-from helium_proxy.types import Fate, Outcome
 from helium_proxy.workers.upstream import SendFailed, Upstream
 from helium_proxy.workers.worker import Worker
 
@@ -33,16 +30,6 @@ _RETRIED = frozenset({500, 502, 503, 504})
 _BUDGET_CALLS = 200
 """The retry budget is a share of the last so many calls, and never below `_BUDGET_FLOOR`."""
 _BUDGET_FLOOR = 10
-
-
-@contextmanager
-def failing_open(room: str) -> Iterator[None]:
-    """A bug in `room` costs its benefit, never the answer."""
-    try:
-        yield
-    except Exception:
-        log.exception("a room failed; the call goes on without it", room=room)
-        metrics.FAIL_OPEN.labels(room).inc()
 
 
 class RetryBudget:
@@ -149,17 +136,15 @@ class Computer:
 
     async def keep(self, ticket: Ticket, answer: dict[str, Any], reply: Reply) -> None:
         """Remembers a complete answer for those who ask the same. Never raises."""
-        with failing_open("reuse"):
-            await self._keep(ticket, answer, reply)
-
-    async def _keep(self, ticket: Ticket, answer: dict[str, Any], reply: Reply) -> None:
         key, services = ticket.key, self._services
         if key is None:
             return
-        self.replies[key] = reply
-        while len(self.replies) > 1024:
-            del self.replies[next(iter(self.replies))]
-        if services.cache is not None and ticket.control.may_store:
+        with failing_open("reuse"):
+            self.replies[key] = reply
+            while len(self.replies) > 1024:
+                del self.replies[next(iter(self.replies))]
+            if services.cache is None or not ticket.control.may_store:
+                return
             request = ticket.request
             entry = make_entry(
                 answer,
@@ -219,7 +204,7 @@ class _Exchange:
         ticket.head_at = services.clock()
         services.pool.note(worker, None if upstream.status < 500 else SendFailed("timeout", f"{upstream.status}"))
         await self._finish_whole(upstream.status, body)
-        return Answer(upstream.status, upstream.headers, _once(body))
+        return Answer(upstream.status, upstream.headers, body)
 
     def _tell_started(self, now: float) -> None:
         arrival = self._ticket.arrival
@@ -334,105 +319,6 @@ class _Exchange:
         )
 
 
-def compare(assignment: Assignment, reply: Reply, took_s: float) -> None:
-    """Every prediction beside what happened, in metrics."""
-    if reply.cached_tokens is not None:
-        metrics.PREDICTED_CACHED.labels(assignment.worker).inc(assignment.cached_tokens)
-        metrics.ACTUAL_CACHED.labels(assignment.worker).inc(reply.cached_tokens)
-        metrics.CACHED_ERROR.observe(abs(assignment.cached_tokens - reply.cached_tokens))
-    if reply.output_tokens:
-        metrics.OUTPUT_RATIO.observe(assignment.call.output_tokens / reply.output_tokens)
-    if took_s > 0:
-        metrics.FINISH_RATIO.observe(assignment.predicted_s / took_s)
-
-
-def report(
-    services: Services,
-    ticket: Ticket,
-    fate: Fate,
-    reply: Reply,
-    *,
-    status: int = 200,
-    predicted: int | None = None,
-) -> None:
-    """A call is over: the workflow room and the metrics are told. Never raises."""
-    now = services.clock()
-    outcome = Outcome(
-        fate=fate,
-        worker=ticket.worker,
-        status=status,
-        prompt_tokens=reply.prompt_tokens,
-        cached_tokens=reply.cached_tokens,
-        predicted_cached_tokens=predicted,
-        output_tokens=reply.output_tokens,
-        queued_at=ticket.arrived_at,
-        started_at=ticket.started_at,
-        first_token_at=ticket.head_at,
-        finished_at=now,
-        reply_text=reply.text,
-        reply_tool_calls=reply.tool_calls,
-        reply_id=reply.id,
-    )
-    try:
-        if ticket.arrival is not None:
-            services.workflows.finished(ticket.arrival.call, outcome, now)
-            if fate != "error":
-                template, source = ticket.arrival.template, source_of(services, ticket)
-                services.ahead.ended(Ended(ticket.arrival.call, template, ticket.worker, source, reply.text))
-        _trace(ticket, outcome)
-    except Exception:
-        log.exception("workflow bookkeeping failed")
-        metrics.FAIL_OPEN.labels("workflow").inc()
-    count(services, ticket, fate, reply, now)
-
-
-def source_of(services: Services, ticket: Ticket) -> Source:
-    """What the tokens of a call's prompt can be made from later."""
-    request = ticket.request
-    own = request.body.get("cache_salt")
-    salt = ticket.salt or (own if isinstance(own, str) else "")
-    size = services.tokenizers.block_size(request.model)
-    return Source(request.route, request.model, request.body, salt, size)
-
-
-def _trace(ticket: Ticket, outcome: Outcome) -> None:
-    """The call's span with its parts: plan, queue, upstream."""
-    if ticket.trace is None:
-        return
-    if ticket.planned_at:
-        ticket.trace.event("plan", ticket.arrived_at, ticket.planned_at)
-    if ticket.started_at is not None:
-        ticket.trace.event("queue", ticket.planned_at, ticket.started_at)
-        ticket.trace.event("upstream", ticket.started_at, outcome.finished_at)
-    ticket.trace.end(outcome)
-
-
-def count(services: Services, ticket: Ticket, fate: Fate, reply: Reply, now: float) -> None:
-    """The metrics of one call."""
-    workflow, node = metrics.bounded("workflow", ticket.workflow), metrics.bounded("node", ticket.node)
-    model = metrics.bounded("model", ticket.request.model)
-    metrics.CALLS.labels(workflow, node, model, fate).inc()
-    metrics.CALL_SECONDS.labels(model).observe(now - ticket.arrived_at)
-    prompt, output, cached = reply.prompt_tokens or 0, reply.output_tokens or 0, reply.cached_tokens or 0
-    if fate == "error" or not prompt:
-        return
-    rates = next((w.rates for w in services.dispatcher.state.serving(ticket.request.model)), None)
-    tokens = metrics.PROMPT_TOKENS
-    if fate == "computed":
-        tokens.labels(workflow, node, "computed").inc(max(0, prompt - cached))
-        metrics.OUTPUT_TOKENS.labels(workflow, node, "computed").inc(output)
-        if cached:
-            tokens.labels(workflow, node, "kv_hit").inc(cached)
-            if rates is not None:
-                metrics.SAVED_SECONDS.labels(workflow, "kv_hit").inc(rates.work(cached, 0))
-        return
-    by = "prompt_cache" if fate == "hit" else "coalesced"
-    tokens.labels(workflow, node, by).inc(prompt)
-    metrics.OUTPUT_TOKENS.labels(workflow, node, by).inc(output)
-    if rates is not None:
-        metrics.SAVED_SECONDS.labels(workflow, by).inc(rates.work(prompt, output))
-
-
 def _again(call: QueuedCall, failed: str) -> QueuedCall:
     """The same call for another try, anywhere but at `failed`."""
     return QueuedCall(
@@ -452,12 +338,8 @@ def _again(call: QueuedCall, failed: str) -> QueuedCall:
     )
 
 
-async def _once(body: bytes) -> AsyncIterator[bytes]:
-    yield body
-
-
 async def _discard(answer: Answer) -> None:
-    aclose = getattr(answer.chunks, "aclose", None)
+    aclose = getattr(answer.content, "aclose", None)
     if aclose is not None:
         await aclose()
     if answer.close is not None:

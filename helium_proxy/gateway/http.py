@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from starlette.types import Message, Receive, Scope, Send
@@ -23,8 +23,6 @@ RawHeaders = list[tuple[bytes, bytes]]
 _NOT_RELAYED = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te", "content-length", "date", "server"}
 )
-
-_WATCH_AFTER_S = 0.02
 
 
 def header_map(scope: Scope) -> dict[str, str]:
@@ -102,37 +100,96 @@ async def send_stream(send: Send, status: int, headers: RawHeaders, chunks: Asyn
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def while_connected(receive: Receive, work: Callable[[], Awaitable[object]]) -> None:
-    """Runs `work` and cancels it as soon as the client goes away. Raises ClientGone in that case.
+class Sending:
+    """An ASGI `send` that remembers the status it has sent."""
 
-    A client is watched from `_WATCH_AFTER_S` on: an answer that comes sooner costs no task to watch for its reader.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    gone = False
-    watcher: asyncio.Task[None] | None = None
+    __slots__ = ("_send", "status")
 
-    async def watch() -> None:
-        nonlocal gone
-        message: Message = await receive()
-        while message["type"] != "http.disconnect":
-            message = await receive()
-        gone = True
-        task.cancel()
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        # -- state
+        self.status = 0
+        """0: no answer has begun."""
 
-    def begin() -> None:
-        nonlocal watcher
-        watcher = asyncio.ensure_future(watch())
+    def __call__(self, message: Message) -> Awaitable[None]:
+        if not self.status and message["type"] == "http.response.start":
+            self.status = message["status"]
+        return self._send(message)
 
-    timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_S, begin)
+
+GONE = "helium.gone"
+"""In the scopes of our own protocol: a set of functions, called when the client goes away."""
+
+
+class Watch:
+    """Cancels the current task when its client goes away or its time is up, whichever is first; `stop` ends that."""
+
+    __slots__ = ("_gone", "_task", "_timer", "_watcher", "ended_by")
+
+    def __init__(self, scope: Scope, receive: Receive, timeout_s: float | None = None) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._gone: set[Callable[[], None]] | None = scope.get(GONE)
+        # -- state
+        self.ended_by: Literal["client", "time"] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
+        if timeout_s is not None:
+            self._timer = loop.call_later(timeout_s, self.cut)
+        if self._gone is not None:
+            self._gone.add(self._client_left)
+        else:  # another server's protocol: it tells only who asks
+            self._watcher = loop.create_task(self._wait_for_client(receive))
+
+    def cut(self) -> None:
+        """The time is up now."""
+        self._end("time")
+
+    def stop(self) -> None:
+        # What is dropped here would hold this object in a cycle, which then waits for the garbage collector.
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._gone is not None:
+            self._gone.discard(self._client_left)
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+
+    def cancelled(self) -> bool:
+        """Whether the CancelledError that has just been caught was this one's, and nobody else's."""
+        return self.ended_by is not None and self._task.uncancel() == 0
+
+    async def _wait_for_client(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._client_left()
+
+    def _client_left(self) -> None:
+        self._end("client")
+
+    def _end(self, by: Literal["client", "time"]) -> None:
+        if self.ended_by is None:
+            self.ended_by = by
+            self._task.cancel()
+
+
+async def while_connected(scope: Scope, receive: Receive, work: Callable[[], Awaitable[object]]) -> None:
+    """Runs `work` and cancels it as soon as the client goes away. Raises ClientGone in that case."""
+    watch = Watch(scope, receive)
     try:
         await work()
     except asyncio.CancelledError:
-        if gone and task.uncancel() == 0:
-            metrics.DISCONNECTS.inc()
-            raise ClientGone("the client left") from None
+        if watch.cancelled():
+            raise client_gone() from None
         raise
     finally:
-        timer.cancel()
-        if watcher is not None:
-            watcher.cancel()
+        watch.stop()
+
+
+def client_gone() -> ClientGone:
+    """Counted, too."""
+    metrics.DISCONNECTS.inc()
+    return ClientGone("the client left")

@@ -5,8 +5,8 @@ comes (`passing.py`).
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -22,17 +22,19 @@ from helium_proxy.errors import (
     NotFound,
     UpstreamFailed,
 )
+from helium_proxy.gateway.afterwards import report
 from helium_proxy.gateway.auth import Principal
 from helium_proxy.gateway.calls import Calls, Served
-from helium_proxy.gateway.compute import report
 from helium_proxy.gateway.http import (
     RawHeaders,
+    Sending,
+    Watch,
+    client_gone,
     header_map,
     read_body,
     send_error,
     send_stream,
     send_whole,
-    while_connected,
 )
 from helium_proxy.gateway.passing import Passing, parse, path_of, sent_headers
 from helium_proxy.gateway.replies import Reply
@@ -57,6 +59,7 @@ PLANNED = frozenset({*ID_PREFIX, "/v1/embeddings", "/v1/rerank", "/v1/score"})
 """Routes that are queued and placed; the others are cheap, and go straight to a worker."""
 
 _SAFE_ID = re.compile(r"[\w.:-]{1,128}\Z", re.ASCII)
+_PLAIN = re.compile(r"[!-~]*")
 
 
 class LlmRoutes:
@@ -80,51 +83,36 @@ class LlmRoutes:
         scope: Scope,
         receive: Receive,
         send: Send,
-        work: Callable[[Scope, Receive, Send, dict[str, str], Principal], Awaitable[None]],
+        work: Callable[[Scope, Receive, Sending, dict[str, str], Principal], Awaitable[None]],
     ) -> None:
         """Around every request: drain, key, errors in OpenAI's form, the count of requests in flight."""
         services = self._services
         headers = header_map(scope)
-        status = 0  # 0: no answer has begun
-
-        async def counted(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        async def fail(error: HeliumError) -> None:
-            nonlocal status
-            if status:  # too late for an answer of ours: the server cuts the connection, so nobody takes it for whole
-                log.warning("answer cut", path=scope["path"], error=error.message)
-                return
-            status = error.status
-            await send_error(send, error, _request_id(headers))
-
+        sending = Sending(send)
         services.in_flight += 1
         try:
             if services.draining:
                 raise Draining("the proxy is shutting down", retry_after=1)
             principal = services.keyring.authenticate(headers)
-            await work(scope, receive, counted, headers, principal)
+            await work(scope, receive, sending, headers, principal)
         except ClientGone:
-            status = 499
+            sending.status = 499
         except HeliumError as error:
-            await fail(error)
+            await _fail(sending, scope, headers, error)
         except SendFailed as error:
-            await fail(UpstreamFailed(f"the worker gave no answer ({error.kind})"))
+            await _fail(sending, scope, headers, UpstreamFailed(f"the worker gave no answer ({error.kind})"))
         except Exception:
             log.exception("request failed", path=scope["path"])
-            await fail(HeliumError("internal error"))
+            await _fail(sending, scope, headers, HeliumError("internal error"))
         finally:
             services.in_flight -= 1
             route = scope["path"] if scope["path"] in PLANNED else "other"
-            metrics.HTTP_REQUESTS.labels(route, str(status)).inc()
+            metrics.HTTP_REQUESTS.labels(route, sending.status).inc()
 
     # -- model calls
 
     async def _planned(
-        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], principal: Principal
+        self, scope: Scope, receive: Receive, send: Sending, headers: dict[str, str], principal: Principal
     ) -> None:
         services = self._services
         arrived = services.clock()
@@ -140,7 +128,7 @@ class LlmRoutes:
         if ticket.hints.deadline_s is not None:
             timeout = min(timeout, ticket.hints.deadline_s)
         try:
-            await while_connected(receive, lambda: self._answer(ticket, send, timeout))
+            await self._answer(ticket, Watch(scope, receive, timeout), send, timeout)
         except HeliumError as error:
             report(services, ticket, "error", Reply(), status=error.status)
             raise
@@ -149,7 +137,7 @@ class LlmRoutes:
             raise
 
     async def _direct(
-        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], principal: Principal
+        self, scope: Scope, receive: Receive, send: Sending, headers: dict[str, str], principal: Principal
     ) -> None:
         raw = await read_body(headers, receive, self._services.settings.server.max_body_bytes)
         await self._passing.direct(scope, receive, send, headers, raw, principal.tenant)
@@ -173,7 +161,7 @@ class LlmRoutes:
         services, settings = self._services, self._services.settings
         given = headers.get("x-request-id") or body.get("request_id")
         safe = isinstance(given, str) and _SAFE_ID.match(given)
-        request_id = services.unique(str(given)) if safe else uuid.uuid4().hex
+        request_id = services.unique(str(given)) if safe else os.urandom(16).hex()
         request = CallRequest(
             id=ID_PREFIX.get(route, "") + request_id,
             tenant=principal.tenant,
@@ -229,28 +217,22 @@ class LlmRoutes:
             metrics.FAIL_OPEN.labels("reuse").inc()
         return None
 
-    async def _answer(self, ticket: Ticket, send: Send, timeout: float) -> None:
-        started = False
-
-        async def noting(message: Any) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
+    async def _answer(self, ticket: Ticket, watch: Watch, send: Sending, timeout: float) -> None:
+        services = self._services
+        services.watches.add(watch)
         try:
-            async with asyncio.timeout(timeout) as limit:
-                self._services.limits.add(limit)
-                try:
-                    served = await self.calls.serve(ticket)
-                    try:
-                        await self._relay(ticket, served, noting)
-                    finally:
-                        served.close()
-                finally:
-                    self._services.limits.discard(limit)
-        except TimeoutError:
+            served = await self.calls.serve(ticket)
+            try:
+                await self._relay(ticket, served, send)
+            finally:
+                served.close()
+        except asyncio.CancelledError:
+            if not watch.cancelled():
+                raise
+            if watch.ended_by == "client":
+                raise client_gone() from None
             error: HeliumError = DeadlineExceeded(f"no complete answer within {timeout:g} s")
-            if self._services.cut:
+            if services.cut:
                 error = Draining("the proxy shut down before the answer was complete", retry_after=1)
         except HeliumError as problem:
             error = problem
@@ -258,7 +240,10 @@ class LlmRoutes:
             error = UpstreamFailed(str(problem))
         else:
             return
-        if not started:
+        finally:
+            watch.stop()
+            services.watches.discard(watch)
+        if not send.status:
             raise error
         metrics.ERRORS.labels(error.code or error.type).inc()
         report(self._services, ticket, "error", Reply(), status=error.status)
@@ -275,13 +260,14 @@ class LlmRoutes:
         model = metrics.bounded("model", ticket.request.model)
         if ticket.head_at is not None:
             metrics.FIRST_TOKEN_SECONDS.labels(model).observe(ticket.head_at - ticket.arrived_at)
-        if not served.stream:
-            body = b"".join([chunk async for chunk in served.chunks])
+        content = served.content
+        if isinstance(content, bytes) or not served.stream:
+            body = content if isinstance(content, bytes) else await served.read()
             await send_whole(send, served.status, headers, body)
             return
         metrics.STREAMS_OPEN.inc()
         try:
-            await send_stream(send, served.status, headers, served.chunks)
+            await send_stream(send, served.status, headers, content)
         finally:
             metrics.STREAMS_OPEN.dec()
 
@@ -308,8 +294,17 @@ class LlmRoutes:
         return headers
 
 
+async def _fail(send: Sending, scope: Scope, headers: dict[str, str], error: HeliumError) -> None:
+    if send.status:  # too late for an answer of ours: the server cuts the connection, so nobody takes it for whole
+        log.warning("answer cut", path=scope["path"], error=error.message)
+        return
+    await send_error(send, error, _request_id(headers))
+
+
 def _header(value: str) -> bytes:
     """`value` in the characters a header may have."""
+    if _PLAIN.fullmatch(value):
+        return value.encode("ascii")
     return "".join(c if " " < c < "\x7f" else "_" for c in value).encode("ascii")
 
 

@@ -69,13 +69,13 @@ class Passing:
         model = form[1].decode("utf-8", "replace") if form else self.model(parse(body))
         raw = Raw(scope["method"], path_of(scope), headers, body)
         workers = self._able(model)[: self._services.settings.pool.max_attempts]
-        await while_connected(receive, lambda: self._try(raw, workers, send))
+        await while_connected(scope, receive, lambda: self._try(raw, workers, send))
 
     async def unread(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes) -> None:
         """A model call that cannot be read."""
         raw = Raw(scope["method"], path_of(scope), headers, body)
         worker = self._able(None)[:1]
-        await while_connected(receive, lambda: self._try(raw, worker, send))
+        await while_connected(scope, receive, lambda: self._try(raw, worker, send))
 
     async def _stored(
         self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes, given: str
@@ -86,7 +86,9 @@ class Passing:
         raw = Raw(scope["method"], path, headers, body)
         workers = self._holders(known)
         rename = (known.encode(), given.encode()) if known != given else None
-        await while_connected(receive, lambda: self._try(raw, workers, send, elsewhere_on_404=True, rename=rename))
+        await while_connected(
+            scope, receive, lambda: self._try(raw, workers, send, elsewhere_on_404=True, rename=rename)
+        )
 
     def _holders(self, response: str) -> list[Worker]:
         """Who may have a stored response: the worker that made it, else (after a restart of ours) all of them."""

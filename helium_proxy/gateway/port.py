@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 
 from helium_proxy.errors import HeliumError, InvalidRequest, ModelNotFound
+from helium_proxy.gateway.afterwards import report
 from helium_proxy.gateway.auth import Principal
-from helium_proxy.gateway.compute import report
 from helium_proxy.gateway.llm import LlmRoutes
 from helium_proxy.gateway.replies import Reply, read_reply
 from helium_proxy.gateway.services import Services
@@ -62,7 +62,7 @@ class PlanPort:
         try:
             served = await self._llm.calls.serve(ticket)
             try:
-                content = b"".join([chunk async for chunk in served.chunks])
+                content = await served.read()
             finally:
                 served.close()
         except HeliumError as error:

@@ -6,9 +6,9 @@ import asyncio
 import itertools
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import orjson
 import structlog
 
@@ -27,8 +27,7 @@ _LAST = 2_000_000_000
 _TIMEOUT_S = 120.0
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(msgspec.Struct, frozen=True):
     """What a prefix's tokens can be made from: a call that begins with it."""
 
     route: str

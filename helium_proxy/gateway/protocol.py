@@ -1,15 +1,60 @@
 """uvicorn's HTTP protocol with a bound on request heads, which it takes at any length otherwise: a head that never
-ends would fill the memory before any route sees it."""
+ends would fill the memory before any route sees it. And answers leave in one write: uvicorn makes two, of head and of
+body, each a system call that wakes the client."""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from helium_proxy import metrics
 from helium_proxy.errors import HeadersTooLarge
+from helium_proxy.gateway.http import GONE
+
+
+def _size(url: bytes, headers: list[tuple[bytes, bytes]]) -> int:
+    return len(url) + sum(len(k) + len(v) for k, v in headers)
+
+
+class _HeldHead:
+    """The transport of one answer: its first write, the head, waits for the second, a turn of the loop at most."""
+
+    __slots__ = ("_begun", "_head", "_loop", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        # -- state
+        self._begun = False
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if self._begun:
+            self._transport.write(data)
+        elif self._head:
+            self._begun = True
+            head, self._head = self._head, b""
+            self._transport.write(head + data)
+        else:
+            self._head = data
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        if self._head:
+            self._begun = True
+            head, self._head = self._head, b""
+            self._transport.write(head)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
 
 
 def bounded_protocol(max_head_bytes: int) -> type[HttpToolsProtocol]:
@@ -19,13 +64,21 @@ def bounded_protocol(max_head_bytes: int) -> type[HttpToolsProtocol]:
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             # -- state
+            self._received = 0  # bytes that came last
             self._head: int | None = None  # bytes of a head that has begun and is not complete
             self._too_large = False
             self._refused = False
+            self._gone: set[Callable[[], None]] = set()  # see `http.GONE`
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            for call in list(self._gone):
+                call()
 
         def data_received(self, data: bytes) -> None:
             if self._refused:
                 return
+            self._received = len(data)
             super().data_received(data)
             if self._head is not None:
                 self._head += len(data)
@@ -37,11 +90,15 @@ def bounded_protocol(max_head_bytes: int) -> type[HttpToolsProtocol]:
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
-            self._head = None
-            if len(self.url) + sum(len(k) + len(v) for k, v in self.headers) > max_head_bytes:
+            came, self._head = (self._head or 0) + self._received, None  # of the head, and perhaps of the body
+            if came > max_head_bytes and _size(self.url, self.headers) > max_head_bytes:
                 self._too_large = True
                 raise HeadersTooLarge("head")  # the parser stops, and asks for `send_400_response`
+            before = self.cycle
             super().on_headers_complete()
+            if self.cycle is not before:
+                cast(dict[str, Any], self.cycle.scope)[GONE] = self._gone
+                self.cycle.transport = cast(asyncio.Transport, _HeldHead(self.transport, self.loop))
 
         def send_400_response(self, msg: str) -> None:
             if self._too_large:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from helium_proxy.workflow import reply_of
 
 _MAX_TEXT = 200_000
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """Token counts are None where the answer has none; `text` is the assistant's, cut at 200,000 characters."""
 
     id: str | None = None

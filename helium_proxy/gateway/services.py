@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
+import os
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from helium_proxy.dispatch.dispatcher import Dispatcher
 from helium_proxy.gateway.ahead import Ahead
 from helium_proxy.gateway.auth import Keyring
 from helium_proxy.gateway.events import EventFeeds
+from helium_proxy.gateway.http import Watch
 from helium_proxy.gateway.tracing import NullTracer, Tracer
 from helium_proxy.planner.estimate import Estimator
 from helium_proxy.residency.registry import Tokenizers
@@ -72,8 +73,8 @@ class Services:
     """Asked to end: `/ready` fails, calls are still taken."""
     draining: bool = False
     """New calls are refused, those in flight are finished."""
-    limits: set[asyncio.Timeout] = field(default_factory=set)
-    """The deadline of each call being answered."""
+    watches: set[Watch] = field(default_factory=set)
+    """One of each call being answered."""
     cut: bool = False
     """The drain's own deadline has passed."""
     owners: dict[str, str] = field(default_factory=dict)
@@ -88,16 +89,14 @@ class Services:
     def cut_calls(self) -> None:
         """Ends every call now, as its deadline would."""
         self.cut = True
-        now = asyncio.get_running_loop().time()
-        for limit in self.limits:
-            if not limit.expired():
-                limit.reschedule(now)
+        for watch in self.watches:
+            watch.cut()
 
     def unique(self, given: str) -> str:
         """`given` the first time, something of its own thereafter: clients pass one trace id on with many calls, and
         a response's id must name one call."""
         if given in self.ids:
-            given = f"{given}-{uuid.uuid4().hex[:12]}"
+            given = f"{given}-{os.urandom(6).hex()}"
         _remember(self.ids, given, "")
         return given
 

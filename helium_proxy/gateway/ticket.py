@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from helium_proxy.gateway.prewarm import Source
 from helium_proxy.gateway.tracing import CallTrace
 from helium_proxy.reuse import CacheControl
 from helium_proxy.types import Arrival, CallRequest, Hints
@@ -60,6 +61,7 @@ class Ticket:
     worker: str | None = None
     attempts: int = 0
     trace: CallTrace | None = None
+    source: Source | None = None
 
     @property
     def stream(self) -> bool:

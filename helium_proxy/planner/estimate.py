@@ -17,6 +17,9 @@ from helium_proxy.types import CallRequest, Hints
 _INLINE_CHARS = 8_192
 """Longer prompts are encoded in a thread: the encoder lets go of the interpreter's lock."""
 
+_CALIBRATED_BY = 4
+"""One in so many calls is enough to follow a ratio that hardly changes."""
+
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
@@ -27,6 +30,8 @@ class Estimator:
     def __init__(self, tokenizers: Tokenizers, *, default_output_tokens: int) -> None:
         self._tokenizers = tokenizers
         self._default_output = default_output_tokens
+        # -- state
+        self._measured = 0
 
     async def estimate(
         self,
@@ -98,7 +103,10 @@ class Estimator:
 
     def measured(self, call: QueuedCall, request: CallRequest, prompt_tokens: int) -> None:
         """What the worker counted: corrects the characters per token of the text fallback."""
-        if self._tokenizers.get(call.model) is None and prompt_tokens > 32:
+        if self._tokenizers.get(call.model) is not None or prompt_tokens <= 32:
+            return
+        self._measured += 1
+        if self._measured % _CALIBRATED_BY == 1:
             chars = sum(map(len, prompt_pieces(request.route, request.body)))
             self._tokenizers.calibrate(call.model, chars / prompt_tokens)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from struct import iter_unpack
 
 import xxhash
 
@@ -17,22 +18,18 @@ def token_chain(
     tail). `salt` separates what must not be shared: model, adapter, tenant's `cache_salt`. With `parent` the chain
     goes on after that block, whose salt holds."""
     data = memoryview(tokens if isinstance(tokens, array) else array("I", tokens)).cast("B")
-    width = block_size * 4
     seed = parent if parent is not None else _hash(salt.encode()) if salt else 0
-    chain: list[int] = []
-    for start in range(0, len(data) - width + 1, width):
-        seed = _hash(data[start : start + width], seed)
-        chain.append(seed)
-    return tuple(chain)
+    return _chain(data, block_size * 4, seed)
 
 
 def text_chain(pieces: Sequence[str], block_chars: int, salt: str = "") -> tuple[int, ...]:
     """The fallback without a tokenizer: blocks of `block_chars` characters of the pieces (role and text of each
     message) put together. Equal prefixes give equal leading hashes, which is all that placement needs."""
     text = "\x1e".join(pieces).encode("utf-8", "surrogatepass")
-    seed = _hash(salt.encode()) if salt else 0
-    chain: list[int] = []
-    for start in range(0, len(text) - block_chars + 1, block_chars):
-        seed = _hash(text[start : start + block_chars], seed)
-        chain.append(seed)
-    return tuple(chain)
+    return _chain(memoryview(text), block_chars, _hash(salt.encode()) if salt else 0)
+
+
+def _chain(data: memoryview, width: int, seed: int) -> tuple[int, ...]:
+    whole = data[: len(data) // width * width]
+    # (`iter_unpack` cuts in less than half the time that slices take.)
+    return tuple([seed := _hash(block, seed) for (block,) in iter_unpack(f"{width}s", whole)])

@@ -16,6 +16,7 @@ import math
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import xxhash
@@ -127,6 +128,7 @@ def common(one: Chain, other: Chain) -> int:
     return low
 
 
+@lru_cache(maxsize=1024)
 def name_of(key: Key) -> str:
     """A pin's name: readable, and one key's alone."""
     return f"{key[1][:64]}@{xxhash.xxh64_hexdigest(chr(31).join(key).encode('utf-8', 'surrogatepass'))[:12]}"

@@ -31,11 +31,12 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Answer:
-    """An upstream answer whose head has arrived. `close` is called once, when it was read or is given up."""
+    """An upstream answer whose head has arrived. `content` is its body, or the chunks of a body that is still coming.
+    `close` is called once, when it was read or is given up."""
 
     status: int
     headers: Mapping[str, str]
-    chunks: AsyncIterator[bytes]
+    content: bytes | AsyncIterator[bytes]
     close: Callable[[], None] | None = None
 
 
@@ -45,6 +46,8 @@ class Head:
 
     status: int
     headers: Mapping[str, str]
+    body: bytes | None = None
+    """All of it, if it came at once: then there are no chunks to read."""
 
 
 Open = Callable[[], Awaitable[Answer]]
@@ -84,7 +87,7 @@ class Coalescer:
     def join(self, key: bytes, open: Open) -> Seat:
         """Take a seat in the call of `key`, starting it if there is none. Use the seat as a context manager."""
         flight = self._flights.get(key)
-        if flight is not None and flight.stream.whole:
+        if flight is not None and flight.joinable:
             self._joined += 1
             return Seat(self, flight, open)
         self._led += 1
@@ -111,7 +114,7 @@ class Coalescer:
     # -- the table: synchronous, no I/O
 
     def _launch(self, key: bytes, open: Open, promotions: int) -> Seat:
-        flight = _Flight(key, SharedStream(self._window), promotions)
+        flight = _Flight(key, promotions)
         seat = Seat(self, flight, open)
         self._start(flight, seat)
         return seat
@@ -129,7 +132,7 @@ class Coalescer:
         if seat not in flight.seats:
             return
         flight.seats.remove(seat)
-        seat.reader.leave()
+        seat.stop_reading()
         if not flight.seats and not flight.over:
             self._aborted += 1
             self._retire(flight)
@@ -146,7 +149,7 @@ class Coalescer:
         followers = [seat for seat in flight.seats if seat is not flight.leader]
         if not followers or flight.promotions == 0:
             return False
-        successor = _Flight(flight.key, SharedStream(self._window), flight.promotions - 1)
+        successor = _Flight(flight.key, flight.promotions - 1)
         flight.seats = [seat for seat in flight.seats if seat is flight.leader]
         for seat in followers:
             seat.move(successor)
@@ -162,7 +165,8 @@ class Coalescer:
         try:
             try:
                 answer = await open()
-                first = await anext(answer.chunks, b"")
+                content = answer.content
+                first = content if isinstance(content, bytes) else await anext(content, b"")
             except Exception as error:
                 self._failed += 1
                 self._retire(flight)
@@ -176,12 +180,17 @@ class Coalescer:
                 if not flight.seats:  # the leader is gone and its followers try again
                     flight.finish(UpstreamFailed("nobody waits"))
                     return
+            if isinstance(content, bytes):
+                flight.head = Head(answer.status, answer.headers, content)
+                flight.finish(None)
+                return
             flight.head = Head(answer.status, answer.headers)
+            stream = flight.begin_stream(self._window)
             flight.settled.set()
             try:
-                await flight.stream.write(first)
-                async for chunk in answer.chunks:
-                    await flight.stream.write(chunk)
+                await stream.write(first)
+                async for chunk in content:
+                    await stream.write(chunk)
             except Exception as error:
                 flight.finish(error)
             else:
@@ -191,6 +200,7 @@ class Coalescer:
             raise
         finally:
             self._retire(flight)
+            flight.leader = None  # or the two hold each other until the garbage collector comes
             if answer is not None:
                 await _close(answer)
 
@@ -198,12 +208,13 @@ class Coalescer:
 class _Flight:
     """One upstream call and those who wait for it."""
 
-    def __init__(self, key: bytes, stream: SharedStream, promotions: int) -> None:
+    def __init__(self, key: bytes, promotions: int) -> None:
         self.key = key
-        self.stream = stream
         self.promotions = promotions
-        # State. `settled` is set when `head` or `error` is known. `leader` may have left its seat already.
+        # State. `settled` is set when `head` or `error` is known. `leader` may have left its seat already. `stream`
+        # is there from the first byte on, if the answer comes in chunks.
         self.seats: list[Seat] = []
+        self.stream: SharedStream | None = None
         self.leader: Seat | None = None
         self.task: asyncio.Task[None] | None = None
         self.settled = asyncio.Event()
@@ -215,12 +226,25 @@ class _Flight:
         self.over = True
         if self.head is None:
             self.error = error
-        self.stream.end(error)
+        if self.stream is not None:
+            self.stream.end(error)
         self.settled.set()
+
+    @property
+    def joinable(self) -> bool:
+        """Whether a newcomer would miss nothing."""
+        return self.stream is None or self.stream.whole
+
+    def begin_stream(self, window: int) -> SharedStream:
+        """Everybody reads it from its beginning."""
+        self.stream = SharedStream(window)
+        for seat in self.seats:
+            seat.reader = self.stream.reader()
+        return self.stream
 
 
 class Seat:
-    """One request's place in a call: first `head`, then the chunks, from the beginning.
+    """One request's place in a call: first `head`, then the chunks, from the beginning, unless the head has the body.
 
     ::
 
@@ -236,8 +260,8 @@ class Seat:
         # State. `leads` turns True on promotion; `flight` and `reader` change then.
         self.leads = False
         self.flight = flight
-        self.reader: Reader = flight.stream.reader()
-        flight.seats.append(self)
+        self.reader: Reader | None = None
+        self.move(flight)
 
     def __repr__(self) -> str:
         return f"Seat({'leader' if self.leads else 'follower'} of {self.flight.key.hex()[:8]})"
@@ -255,6 +279,7 @@ class Seat:
             return flight.head
 
     def __aiter__(self) -> AsyncIterator[bytes]:
+        assert self.reader is not None, "the head has not come, or has the body"
         return self.reader
 
     def leave(self) -> None:
@@ -262,10 +287,14 @@ class Seat:
         self._coalescer._leave(self)
 
     def move(self, flight: _Flight) -> None:
-        self.reader.leave()
+        self.stop_reading()
         self.flight = flight
-        self.reader = flight.stream.reader()
+        self.reader = flight.stream.reader() if flight.stream is not None else None
         flight.seats.append(self)
+
+    def stop_reading(self) -> None:
+        if self.reader is not None:
+            self.reader.leave()
 
     async def __aenter__(self) -> Self:
         return self
@@ -278,7 +307,7 @@ class Seat:
 
 async def _close(answer: Answer) -> None:
     try:
-        aclose = getattr(answer.chunks, "aclose", None)
+        aclose = getattr(answer.content, "aclose", None)
         if aclose is not None:
             await aclose()
     except Exception as error:  # the answer is over either way

@@ -58,7 +58,8 @@ def cacheable(body: Mapping[str, Any], route: str) -> bool:
     kind = family(route)
     if kind is Family.OTHER:
         return False
-    if any(key != "helium" for key in body.get("kv_transfer_params") or ()):
+    transfer = body.get("kv_transfer_params")
+    if transfer and any(key != "helium" for key in transfer):
         return False  # part of a transfer between engines
     if kind is Family.POOLING:
         return not _remote_media(body.get("messages"))

@@ -216,7 +216,6 @@ class PromptCache:
             return False
         self._failures = 0
         self._stores += 1
-        self._report()
         return True
 
     async def delete(self, key: bytes) -> bool:
@@ -225,9 +224,7 @@ class PromptCache:
 
     async def purge(self, *, tenant: str | None = None, model: str | None = None, workflow: str | None = None) -> int:
         """Drop what matches all given; returns how many. Raises what the backend raises, as `delete`."""
-        dropped = await self._backend.purge(PurgeFilter(tenant, model, workflow))
-        self._report()
-        return dropped
+        return await self._backend.purge(PurgeFilter(tenant, model, workflow))
 
     async def close(self) -> None:
         await self._backend.close()
@@ -265,7 +262,8 @@ class PromptCache:
             self._rest_until = now + _REST_S
         log.warning("prompt cache failed", operation=operation, error=repr(error), resting=self._resting)
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Bring the metrics of what is held up to date; called every second or so."""
         held = self._backend.statistics()
         metrics.CACHE_ENTRIES.set(held.entries or 0)
         metrics.CACHE_BYTES.set(held.bytes or 0)

@@ -51,15 +51,29 @@ async def retell(
         yield orjson.dumps(renamed(answer, route, new_id, request))
         return
     body = b"".join([chunk async for chunk in chunks])
+    for piece in retold(
+        body, route=route, to_stream=to_stream, new_id=new_id, include_usage=include_usage, request=request
+    ):
+        yield piece
+
+
+def retold(
+    body: bytes,
+    *,
+    route: str,
+    to_stream: bool,
+    new_id: str,
+    include_usage: bool = False,
+    request: Mapping[str, Any] | None = None,
+) -> list[bytes]:
+    """`retell` of a JSON body that is there already: the events of a stream, or one body."""
     try:
         answer = orjson.loads(body)
         if isinstance(answer, dict):
             answer = renamed(answer, route, new_id, request)
-        pieces = list(events(answer, route, include_usage)) if to_stream else [orjson.dumps(answer)]
+        return list(events(answer, route, include_usage)) if to_stream else [orjson.dumps(answer)]
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UpstreamFailed("the worker's answer is not in the API's form") from error
-    for piece in pieces:
-        yield piece
 
 
 def renamed(

@@ -42,4 +42,4 @@ _FAMILIES = {
 
 def family(route: str) -> Family:
     """The family of a path; `Family.OTHER` for one whose answers are never reused."""
-    return _FAMILIES.get(route.rstrip("/"), Family.OTHER)
+    return _FAMILIES.get(route) or _FAMILIES.get(route.rstrip("/"), Family.OTHER)

@@ -97,7 +97,8 @@ class SharedStream:
             if offset < len(self._chunks):
                 chunk = self._chunks[offset]
                 reader.position += 1
-                _wake(self._room)
+                if self._bytes > self._window:  # else the writer does not wait
+                    _wake(self._room)
                 return chunk
             if self._ended:
                 if self._error is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -25,16 +24,20 @@ class EventSplitter:
         # State: bytes after the last complete event.
         self._rest = b""
 
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
+    def feed(self, chunk: bytes) -> list[bytes]:
         """The events that `chunk` completes, raw, each with its blank line."""
         data = self._rest + chunk if self._rest else chunk
-        start = 0
+        if 0 <= data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:  # one event, as most chunks are
+            self._rest = b""
+            return [data]
+        events, start = [], 0
         for match in _BOUNDARY.finditer(data):
-            yield data[start : match.end()]
+            events.append(data[start : match.end()])
             start = match.end()
         self._rest = data[start:]
         if len(self._rest) > self._limit:
             raise ValueError(f"an event of more than {self._limit} bytes")
+        return events
 
     @property
     def rest(self) -> bytes:

@@ -116,8 +116,6 @@ class Pool:
     def note(self, worker: Worker, failure: SendFailed | None) -> None:
         """A passive signal: how a send to `worker` ended. A refused or lost connection has it checked at once."""
         now = self._clock()
-        if failure is not None and failure.kind == "stale":
-            return
         if worker.breaker.record(failure is None, now):
             metrics.BREAKER_OPENS.labels(worker.id).inc()
             log.warning("breaker opened", worker=worker.id, error=str(failure))

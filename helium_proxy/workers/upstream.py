@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping
+from functools import lru_cache
 from typing import Literal
 
 import aiohttp
@@ -16,7 +17,7 @@ import yarl
 from helium_proxy.workers.settings import WorkersSettings
 from helium_proxy.workers.worker import Worker
 
-FailureKind = Literal["stale", "refused", "lost", "timeout"]
+FailureKind = Literal["refused", "lost", "timeout"]
 
 # Hop-by-hop headers (RFC 9110, 7.6.1), and those the sending side sets anew.
 HOP_BY_HOP = frozenset(
@@ -43,9 +44,15 @@ _STALE_AT_ONCE_S = 0.25
 """A send that fails later than this had reached a worker."""
 
 
+@lru_cache(maxsize=1024)
+def _url(url: str) -> yarl.URL:
+    """Parsed once: a `URL` also remembers what is asked of its parts."""
+    return yarl.URL(url, encoded=True)
+
+
 class SendFailed(Exception):
-    """A worker gave no answer. `kind`: ``stale`` (a kept connection had been closed), ``refused`` (none could be
-    opened), ``lost`` (a fresh one broke), ``timeout``."""
+    """A worker gave no answer. `kind`: ``refused`` (no connection could be opened), ``lost`` (an open one broke),
+    ``timeout``."""
 
     def __init__(self, kind: FailureKind, detail: str) -> None:
         super().__init__(f"{kind}: {detail}")
@@ -133,7 +140,7 @@ class UpstreamClient:
             try:
                 response = await self._session.request(
                     method,
-                    yarl.URL(worker.spec.url + path, encoded=True),
+                    _url(worker.spec.url + path),
                     data=body,
                     headers={**headers, **_OURS, **worker.headers},
                     allow_redirects=False,

@@ -84,36 +84,37 @@ class Forecast:
         self._place = {key: at for at, key in enumerate(self._order)}
         for key in self._order:
             stats = template.nodes[key]
-            self._nodes[key] = _Node(stats, self._edges(stats, template), group=stats.group())
+            self._nodes[key] = _Node(stats, self._edges(stats), group=stats.group())
             if stats.output.n and key[1] >= self._bases.get(key[0], ROOT)[1]:
                 self._bases[key[0]] = key
         # Compiling costs by the edge, and matters less once runs have confirmed what is known.
-        edges = sum(len(node.edges) for node in self._nodes.values())
-        self.keep = max(edges / 64, 1.0) * (1.0 if template.runs < 5 else 8.0)
+        edges = sum(len(node.stats.edges) for node in self._nodes.values())
+        self.keep = max(edges / 32, 1.0) * (1.0 if template.runs < 5 else 8.0)
         self._link()
         self._chains()
 
     def __repr__(self) -> str:
         return f"<Forecast of version {self.version}: {len(self._order) - 1} nodes>"
 
-    def _edges(self, stats: NodeStats, template: Template) -> list[_Edge]:
-        out = []
+    def _edges(self, stats: NodeStats) -> list[_Edge]:
+        """To nodes further on; those that lead back (of loops) are left out."""
+        out, place = [], self._place
+        here, closed_parents = place[stats.key], stats.closed
         for child, edge in stats.edges.items():
-            if edge.closed + edge.live > 0 and template.nodes[child].calls > 0:
-                probability = edge.probability(stats.closed)
-                fan_out, fan_in = edge.fan_out, max(edge.fan_in, 1.0)
+            if edge.closed + edge.live > 0 and place.get(child, -1) > here:
+                probability, fan_out = edge.probability(closed_parents), edge.fan_out
+                fan_in = edge.fan_in if edge.links > edge.joined else 1.0
                 instances = probability * fan_out / fan_in
                 out.append(_Edge(child, probability, fan_out, fan_in, instances, edge.think.mean, edge.extends.mean))
         return out
 
     def _link(self) -> None:
         place = self._place
-        for key, node in self._nodes.items():
-            node.edges = [edge for edge in node.edges if place[edge.child] > place[key]]
+        for node in self._nodes.values():
             for edge in node.edges:
                 child = self._nodes[edge.child]
-                joined = node.stats.edges[edge.child].joined
-                child.parents.append((key, edge, min(1.0, joined / max(child.stats.calls, 1))))
+                joined, calls = node.stats.edges[edge.child].joined, child.stats.calls
+                child.parents.append((node.stats.key, edge, 1.0 if joined >= calls else joined / calls))
         for node in self._nodes.values():
             counts = node.stats.counts
             if len(counts) > 1 and min(counts) == max(counts) and any(e.fan_in > 1.5 for _, e, _ in node.parents):

@@ -216,6 +216,15 @@ class Run:
         victim.edges, victim.children = [], []
         self.dropped += 1
 
+    def scatter(self) -> None:
+        """Let go of all calls, and they of each other. Nobody asks a forgotten run for them; but as long as they are
+        a cycle, all of it waits for the garbage collector, whose pauses grow with what waits."""
+        for call in self.calls.values():
+            call.edges, call.children = [], []
+        self.dropped += len(self.calls)
+        for table in (self.calls, self.names, self.occurrences, self.waiting):
+            table.clear()
+
 
 def longest_same(call: Call) -> int:
     """The most calls of `call`'s base on one path of its ancestors.

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import orjson
 import xxhash
 
@@ -73,8 +74,7 @@ class Message:
     later reply, so it is never searched again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True):
     """The messages of one call and the rolling hash after each."""
 
     messages: tuple[Message, ...]
@@ -169,7 +169,7 @@ def _items(value: Any) -> Iterator[Any]:
     if isinstance(value, str):
         yield {"role": "user", "content": value}
     elif isinstance(value, list):
-        yield from (item for item in value if isinstance(item, Mapping))
+        yield from (item for item in value if isinstance(item, dict))
 
 
 def _read_message(item: Mapping[str, Any], digest: int, now: float) -> Message:
@@ -187,12 +187,12 @@ def _read_message(item: Mapping[str, Any], digest: int, now: float) -> Message:
         role = "tool"
         results.append(str(item.get("call_id")))
     made = item.get("tool_calls") or ()
-    calls += [str(call["id"]) for call in made if isinstance(call, Mapping) and call.get("id")]
+    calls += [str(call["id"]) for call in made if isinstance(call, dict) and call.get("id")]
     if item.get("tool_call_id"):
         results.append(str(item["tool_call_id"]))
     if isinstance(content, list):
         for block in content:
-            if isinstance(block, Mapping):
+            if isinstance(block, dict):
                 if block.get("type") == "tool_use" and block.get("id"):
                     calls.append(str(block["id"]))
                 elif block.get("type") == "tool_result" and block.get("tool_use_id"):
@@ -218,19 +218,19 @@ def _texts(item: Mapping[str, Any]) -> Iterator[str]:
             for block in value:
                 if isinstance(block, str):
                     yield block
-                elif isinstance(block, Mapping):
+                elif isinstance(block, dict):
                     yield from _texts(block)
-    if isinstance(item.get("input"), Mapping):  # tool_use
+    if isinstance(item.get("input"), dict):  # tool_use
         yield from _leaves(item["input"])
     for call in item.get("tool_calls") or ():
-        if isinstance(call, Mapping) and isinstance(function := call.get("function"), Mapping):
+        if isinstance(call, dict) and isinstance(function := call.get("function"), dict):
             yield from (value for value in (function.get("arguments"),) if isinstance(value, str))
 
 
 def _leaves(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict):
         for part in value.values():
             yield from _leaves(part)
     elif isinstance(value, list):

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from helium_proxy.workflow.prompt import text_of
 
 MAX_TEXT_CHARS = 262_144
 """Longer replies are cut: what is kept suffices to recognise them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """The parts of one response. `tool_calls` are ids."""
 
     text: str = ""
@@ -27,13 +28,13 @@ class Reply:
 
 def reply_of(response: Any) -> Reply:
     """The reply in a parsed response body of any of the four routes; empty for anything else."""
-    if not isinstance(response, Mapping):
+    if not isinstance(response, dict):
         return Reply()
     texts: list[str] = []
     calls: list[str] = []
     for choice in _list(response, "choices"):  # chat and completions
         message = choice.get("message")
-        if isinstance(message, Mapping):
+        if isinstance(message, dict):
             texts.append(text_of(message))
             calls += [str(call["id"]) for call in _list(message, "tool_calls") if call.get("id")]
         elif isinstance(choice.get("text"), str):
@@ -58,7 +59,7 @@ def reply_of(response: Any) -> Reply:
 
 def _list(holder: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     value = holder.get(name)
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 @dataclass(slots=True)
@@ -74,38 +75,38 @@ class StreamedReply:
 
     def feed(self, event: Any) -> None:
         """Take one SSE event's JSON (chat, completions, responses or messages)."""
-        if not isinstance(event, Mapping):
+        if not isinstance(event, dict):
             return
         choices = event.get("choices")
         if isinstance(choices, list):
             if self._id is None and isinstance(event.get("id"), str):
                 self._id = event["id"]
             for choice in choices:
-                if isinstance(choice, Mapping):
+                if isinstance(choice, dict):
                     self._choice(choice)
             return
         kind = event.get("type")
         if kind in ("response.completed", "response.incomplete"):
             self._whole = reply_of(event.get("response"))
-        elif kind == "message_start" and isinstance(message := event.get("message"), Mapping):
+        elif kind == "message_start" and isinstance(message := event.get("message"), dict):
             self._id = str(message.get("id"))
-        elif kind == "content_block_start" and isinstance(block := event.get("content_block"), Mapping):
+        elif kind == "content_block_start" and isinstance(block := event.get("content_block"), dict):
             if block.get("type") == "tool_use" and block.get("id"):
                 self._calls[str(block["id"])] = None
-        elif kind == "content_block_delta" and isinstance(delta := event.get("delta"), Mapping):
+        elif kind == "content_block_delta" and isinstance(delta := event.get("delta"), dict):
             self._text(delta.get("text"))
             self._argument(event.get("index"), delta.get("partial_json"))
 
     def _choice(self, choice: Mapping[str, Any]) -> None:
         self._text(choice.get("text"))
         delta = choice.get("delta")
-        if not isinstance(delta, Mapping):
+        if not isinstance(delta, dict):
             return
         self._text(delta.get("content"))
         for call in _list(delta, "tool_calls"):
             if call.get("id"):
                 self._calls[str(call["id"])] = None
-            if isinstance(function := call.get("function"), Mapping):
+            if isinstance(function := call.get("function"), dict):
                 self._argument((choice.get("index"), call.get("index")), function.get("arguments"))
 
     def _text(self, text: Any) -> None:

@@ -359,6 +359,7 @@ class Runs:
                 del self._names[key]
         for call in victim.calls:
             self._calls.pop(call, None)
+        victim.scatter()
 
     def _forget_one(self, run: Run) -> None:
         victim = next((call for call in run.calls.values() if not call.live), None)

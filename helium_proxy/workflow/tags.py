@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import unquote
 
+import msgspec
 import orjson
 
 from helium_proxy.errors import InvalidRequest
@@ -33,8 +33,7 @@ _MAX_DEADLINE_MS = 7 * 86_400_000.0
 _INT32 = 2**31
 
 
-@dataclass(frozen=True, slots=True)
-class Tags:
+class Tags(msgspec.Struct, frozen=True):
     """One request's tags after precedence and validation."""
 
     workflow: str | None = None
@@ -50,7 +49,7 @@ class Tags:
     spawned_by: str | None = None
     """A run that spawned this one (`parent_program_id`)."""
     session: Session | None = None
-    sources: Mapping[str, Source] = field(default_factory=dict)
+    sources: Mapping[str, Source] = msgspec.field(default_factory=dict)
     conflicts: tuple[str, ...] = ()
     """Fields that two sources gave differently."""
     ignored: tuple[str, ...] = ()
@@ -99,7 +98,7 @@ def _name(raw: Any, settings: WorkflowSettings) -> str | None:
     text = raw.strip()
     if len(text) > settings.max_tag_chars:
         raise ValueError(f"is longer than {settings.max_tag_chars} characters")
-    if _CONTROL.search(text):
+    if not text.isprintable() and _CONTROL.search(text):
         raise ValueError("has control characters")
     return text or None
 
@@ -111,6 +110,8 @@ def _parents(raw: Any, settings: WorkflowSettings) -> tuple[str, ...]:
         raise ValueError("must be a list of node names or response ids")
     if len(raw) > settings.max_parents:
         raise ValueError(f"names more than {settings.max_parents} parents")
+    if not raw:
+        return ()
     names = [_name(item, settings) for item in raw]
     return tuple(dict.fromkeys(name for name in names if name))
 
@@ -172,27 +173,27 @@ _PARSERS: dict[str, Callable[[Any, WorkflowSettings], Any]] = {
 def _body_fields(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Tags found in the body, best first."""
     own = body.get("helium")
-    if isinstance(own, Mapping):
-        yield from ((name, own.get(name)) for name in FIELDS)
+    if isinstance(own, dict):
+        yield from [(name, own[name]) for name in FIELDS if name in own]
     metadata = body.get("metadata")
-    if isinstance(metadata, Mapping):
+    if isinstance(metadata, dict):
         yield from ((name, metadata.get(f"helium.{name}")) for name in FIELDS)
     xargs = body.get("vllm_xargs")
-    if isinstance(xargs, Mapping):
+    if isinstance(xargs, dict):
         context = xargs.get("agentic_context")
         if isinstance(context, str) and len(context) <= 16_384:
             try:
                 context = orjson.loads(context)
             except orjson.JSONDecodeError:
                 context = None
-        if isinstance(context, Mapping):
+        if isinstance(context, dict):
             yield "run", context.get("program_id")
             yield "node", context.get("agent_id")
             yield "spawned_by", context.get("parent_program_id")
             yield "priority", context.get("priority")
             yield "output_tokens", context.get("expected_output_length")
     nvext = body.get("nvext")
-    if isinstance(nvext, Mapping) and isinstance(hints := nvext.get("agent_hints"), Mapping):
+    if isinstance(nvext, dict) and isinstance(hints := nvext.get("agent_hints"), dict):
         yield "output_tokens", hints.get("osl")
         yield "priority", hints.get("priority")
 
@@ -208,17 +209,17 @@ def _baggage(value: str) -> Iterator[tuple[str, str]]:
 
 def read(body: Mapping[str, Any], headers: Mapping[str, str], settings: WorkflowSettings) -> Tags:
     """The tags of one request. Raises `InvalidRequest` in strict mode only."""
-    names = headers.keys() & _INTERESTING
-    if native_headers.GENERIC_SUFFIX in ",".join(headers):
-        names |= {name for name in headers if name.endswith(native_headers.GENERIC_SUFFIX)}
-    interesting = {name: headers[name] for name in headers if name in names} if names else {}
+    suffix = native_headers.GENERIC_SUFFIX
+    interesting: dict[str, str] = {}
+    if suffix in ",".join(headers) or not _INTERESTING.isdisjoint(headers):
+        interesting = {n: v for n, v in headers.items() if n in _INTERESTING or n.endswith(suffix)}
     has_body = "helium" in body or "metadata" in body or "vllm_xargs" in body or "nvext" in body
     if not interesting and not has_body:
         return _NO_TAGS
     reader = _Reader(settings)
     if has_body:
         own = body.get("helium")
-        if own is not None and not isinstance(own, Mapping):
+        if own is not None and not isinstance(own, dict):
             if settings.strict:
                 raise InvalidRequest("helium: must be an object", param="helium")
             reader.ignored.append("helium")
@@ -285,12 +286,12 @@ def strip_tags(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     """
     changes: dict[str, dict[str, Any]] = {}
     metadata = body.get("metadata")
-    if isinstance(metadata, Mapping):
+    if isinstance(metadata, dict):
         kept = {key: value for key, value in metadata.items() if not _is_ours(key)}
         if len(kept) != len(metadata):
             changes["metadata"] = kept
     transfer = body.get("kv_transfer_params")
-    if isinstance(transfer, Mapping) and "helium" in transfer:
+    if isinstance(transfer, dict) and "helium" in transfer:
         changes["kv_transfer_params"] = {key: value for key, value in transfer.items() if key != "helium"}
     if not changes and "helium" not in body:
         return body, False

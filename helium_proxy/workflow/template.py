@@ -176,7 +176,7 @@ class Template:
         stats.rank.add(len(call.run.calls))
         key = stats.key
         parents: set[Key] = set()
-        last = max((p.finished_at or 0.0 for p in call.parents), default=0.0)
+        last = max([edge.parent.finished_at or 0.0 for edge in call.edges], default=0.0)
         for edge in call.edges:
             parent = edge.parent
             source = parent.template

@@ -137,7 +137,8 @@ class Workflows:
 
     def _arrive(self, request: CallRequest, now: float) -> Arrival:
         read = tags.read(request.body, request.headers, self.settings)
-        self._sources.update(read.sources.values())
+        for source in read.sources.values():
+            self._sources[source] += 1
         if read.conflicts or read.ignored:
             self._conflicts.update(read.conflicts)
             self._ignored.update(read.ignored)

@@ -373,7 +373,8 @@ async def test_an_upstream_that_fails_to_close_harms_nobody() -> None:
 
     coalescer = Coalescer()
     async with coalescer.join(KEY, open) as seat:
-        assert await anext(seat.reader) == b"x"
+        await seat.head()
+        assert await anext(aiter(seat)) == b"x"
     await settle()
     assert_empty(coalescer)
 

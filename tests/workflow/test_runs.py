@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+
 import networkx as nx
 import pytest
 
 from helium_proxy.errors import InvalidRequest
 from helium_proxy.workflow import WorkflowSettings
+from helium_proxy.workflow.graph import Run
 
 from .driver import Driver, system, user
 
@@ -281,3 +284,19 @@ def test_an_error_of_ours_costs_the_place_and_not_the_call(monkeypatch: pytest.M
     assert arrival.call == "chatcmpl-1"
     assert driver.workflows.statistics().failures == 1
     driver.finish(arrival.call, "fine")
+
+
+def test_a_forgotten_run_does_not_wait_for_the_garbage_collector() -> None:
+    driver = Driver(WorkflowSettings(max_runs=3, max_replies=1))
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(12):
+            first = driver.call([user(f"{number}")], run=f"untied-{number}", node="a", parents=[])
+            driver.call([user(f"then {number}")], run=f"untied-{number}", node="b", parents=[first.call])
+        known = sum(isinstance(o, Run) and o.id.startswith("untied-") for o in gc.get_objects())
+        driver.workflows.tick(driver.now)
+        left = sum(isinstance(o, Run) and o.id.startswith("untied-") for o in gc.get_objects())
+    finally:
+        gc.enable()
+    assert known >= left == 3
