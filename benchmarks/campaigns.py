@@ -17,9 +17,9 @@ _VLLM = Campaign(
     engines="vllm:2",
     options=EngineOptions(blocks=96, block_size=32, kv_events=True),
     shapes=PAPER_SHAPES,
-    systems=("rr", "sglang", "vllm-router", "vllm-router-kv", "vllm-router-program", "helium", "helium-plan"),
+    systems=("rr", "sglang", "vllm-router", "helium"),
     sizes="compact",
-    scale=0.5,
+    scale=0.25,
     decode_cost=1.5,
 )
 """Two real vLLM CPU engines. A token costs about 0.8 ms to prefill and 1.3 ms to decode in a batch."""
@@ -36,7 +36,9 @@ _H100 = replace(
     _VLLM,
     engines="embedded:8",
     options=EngineOptions(profile="h100-8b", block_size=16, kv_events=True),
+    systems=("rr", "sglang", "vllm-router", "vllm-router-kv", "helium"),
     sizes="P1",
+    scale=1.0,
     batches=(
         ("map_reduce", 128),
         ("debate", 128),
@@ -80,7 +82,7 @@ _ABLATION = replace(
         "helium-no-placement",
         "helium-no-ordering",
         "helium-no-admission",
-        "helium-no-kv-share",
+        "helium-no-places",
         "helium-no-templates",
         "helium-passthrough",
     ),
@@ -108,6 +110,17 @@ _ONE_WORKER = replace(
 )
 """Where there is nothing to gain: one worker that holds everything."""
 
+_LOOKAHEAD = replace(
+    _VLLM,
+    shapes=("iterative_think", "debate_think"),
+    systems=("helium", "helium-no-lookahead"),
+    options=EngineOptions(blocks=512, block_size=32, kv_events=True),
+    batches=(("iterative_think", 4), ("debate_think", 4)),
+    stream_every=1,
+    warmup=3,
+)
+"""The client thinks for half a second, every call is streamed, templates have been learned from three runs."""
+
 CAMPAIGNS: dict[str, Campaign] = {
     "vllm": _VLLM,
     "vllm_embedded": _VLLM_EMBEDDED,
@@ -117,15 +130,17 @@ CAMPAIGNS: dict[str, Campaign] = {
     "ablation": _ABLATION,
     "starvation": _STARVATION,
     "one_worker": _ONE_WORKER,
+    "lookahead": _LOOKAHEAD,
 }
 
-_SHORT = ("rr", "sglang", "vllm-router", "helium", "helium-plan")
+_SHORT = ("rr", "sglang", "vllm-router", "helium")
 FULL: dict[str, Campaign] = {
-    "vllm": replace(_VLLM, systems=_SHORT, scale=0.25),
-    "vllm_embedded": replace(_VLLM_EMBEDDED, scale=0.25),
-    "h100": replace(_H100, systems=_SHORT[1:-1], repeats=3),
-    "two_day": replace(_TWO_DAY, systems=_SHORT[1:-1], scale=0.25),
-    "one_worker": _ONE_WORKER,
+    "vllm": replace(_VLLM, systems=_SHORT, scale=0.2, repeats=2),
+    "vllm_embedded": replace(_VLLM_EMBEDDED, scale=0.2, repeats=1),
+    "h100": replace(_H100, systems=_SHORT, repeats=1),
+    "two_day": replace(_TWO_DAY, systems=_SHORT, scale=0.25, repeats=1),
+    "lookahead": replace(_LOOKAHEAD, repeats=1),
+    "one_worker": replace(_ONE_WORKER, repeats=3),
 }
 """What ``--run full`` measures in half an hour; ``--run publish`` takes every campaign at its whole length."""
 

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 import aiohttp
 import orjson
@@ -129,19 +130,20 @@ class Harness:
             after = await self.engines.wait_idle(self.session)
             outputs |= {(record.run, record.node): record.reply for record in caller.records}
             fewest = await self._minimum(caller, seen)
-            measurements.append(
-                _measurement(
-                    system,
-                    plan,
-                    phase,
-                    caller,
-                    latencies,
-                    makespan=makespan,
-                    deltas=[late - early for late, early in zip(after, before, strict=True)],
-                    fewest=fewest,
-                    proxy_cpu=None if cpu_after is None or cpu_before is None else cpu_after - cpu_before,
-                )
+            measured = _measurement(
+                system,
+                plan,
+                phase,
+                caller,
+                latencies,
+                makespan=makespan,
+                deltas=[late - early for late, early in zip(after, before, strict=True)],
+                fewest=fewest,
+                proxy_cpu=None if cpu_after is None or cpu_before is None else cpu_after - cpu_before,
             )
+            if server is not None and system.family == "helium":
+                await self._predictions(urls[0], measured)
+            measurements.append(measured)
         return measurements, outputs
 
     async def _drive(
@@ -161,7 +163,15 @@ class Harness:
             run_id = f"{name}-{tenant}-{index}" if tenant else f"{name}-{index}"
             await asyncio.sleep(offsets[index] * plan.time_scale)
             began = time.perf_counter()
-            run = Run(caller, flow, run_id, inputs=inputs, roles=roles[flow], time_scale=plan.time_scale)
+            run = Run(
+                caller,
+                flow,
+                run_id,
+                inputs=inputs,
+                roles=roles[flow],
+                time_scale=plan.time_scale,
+                think_s=workload.think_s,
+            )
             try:
                 await workload.program_of(inputs)(run)
             except CallFailed:
@@ -170,6 +180,22 @@ class Harness:
 
         await asyncio.gather(*(one(index, inputs) for index, inputs in enumerate(runs)))
         return latencies
+
+    async def _predictions(self, url: str, measured: Measurement) -> None:
+        """Reads from the proxy how well it predicted what is cached, over the newest runs."""
+        async with self.session.get(f"{url}/helium/runs", params={"limit": "1000"}) as response:
+            response.raise_for_status()
+            names = [run["run"] for run in (await response.json())["runs"]]
+        for name in names[: measured.runs]:
+            async with self.session.get(f"{url}/helium/runs/{quote(name, safe='')}") as response:
+                if response.status != 200:
+                    continue
+                nodes = (await response.json())["nodes"]
+            for node in nodes:
+                predicted, cached = node["predicted_cached_tokens"], node["cached_tokens"]
+                if node["fate"] == "computed" and predicted is not None and cached is not None:
+                    measured.predicted_calls += 1
+                    measured.predicted_within_block += abs(predicted - cached) <= self.engines.block_size
 
     async def _minimum(self, caller: HttpCaller, seen: dict[bytes, int]) -> tuple[int, int]:
         """The minimum for this phase's prompts, given those `seen` in earlier phases, with and without reuse of

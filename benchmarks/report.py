@@ -70,6 +70,7 @@ _SECTIONS: tuple[sections.Section, ...] = (
         "One worker that holds everything",
         "Nothing can be gained here; what is measured is what it costs to have the proxy in the way.",
     ),
+    sections.lookahead,
     sections.overhead,
     sections.optimality,
     sections.calibration,

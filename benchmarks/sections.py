@@ -92,7 +92,17 @@ def _whole(table: Sequence[Row]) -> str:
     return "<details><summary>All figures</summary>\n\n" + markdown_table(head, body) + "\n\n</details>"
 
 
-def _means(table: Sequence[Row]) -> str:
+def _predicted(measured: Sequence[Measurement], system: str) -> str:
+    """How often what would be cached was predicted to within a block."""
+    mine = [m for m in measured if m.system == system and m.predicted_calls]
+    calls = sum(m.predicted_calls for m in mine)
+    if not calls:
+        return ""
+    share = sum(m.predicted_within_block for m in mine) / calls
+    return f"; cached tokens predicted to within one block for {100 * share:.1f}% of {calls:,} computed calls"
+
+
+def _means(table: Sequence[Row], measured: Sequence[Measurement]) -> str:
     """One line per system of ours: geometric mean over the best peer, worst and best shape."""
     lines = []
     ours = dict.fromkeys(row.system for row in table if row.family == "helium")
@@ -108,7 +118,7 @@ def _means(table: Sequence[Row]) -> str:
             f"{by_shape[best]:.2f} × ({best[0].replace('_', ' ')}); tokens at most "
             f"{max(row.over_minimum for row in mine):.2f} × the fewest, busiest worker at most "
             f"{max(row.balance for row in mine):.2f} × the mean, "
-            f"{max(row.preemptions for row in mine):.0f} preemptions."
+            f"{max(row.preemptions for row in mine):.0f} preemptions{_predicted(measured, system)}."
         )
     return "\n".join(lines)
 
@@ -134,12 +144,12 @@ def campaign_section(name: str, title: str, lead: str) -> Section:
         if name not in results:
             return f"## {title}\n\n{lead}\n\nNot measured in this run."
         result = results[name]
-        table = table_of(result)
+        table, measured = table_of(result), [Measurement(**m) for m in result["measurements"]]
         plots.bars(table, "makespan", "makespan, s", folder / f"{name}-makespan.svg")
         plots.bars(table, "over_minimum", "prompt tokens ÷ fewest", folder / f"{name}-tokens.svg", line=1.0)
         notes = "".join(f"\n- {note}" for note in result["notes"])
         return (
-            f"## {title}\n\n{lead}\n\n{setting(result)}\n\n{_means(table)}{_no_gain(table)}\n\n"
+            f"## {title}\n\n{lead}\n\n{setting(result)}\n\n{_means(table, measured)}{_no_gain(table)}\n\n"
             f"![makespan](benchmarks/{name}-makespan.svg)\n\n![tokens computed](benchmarks/{name}-tokens.svg)\n\n"
             f"{_whole(table)}" + (f"\n\nNotes:{notes}" if notes else "")
         )
@@ -190,6 +200,36 @@ def starvation(results: Results, folder: Path) -> str:
         f"and then one small single call. Its latency, p95: helium's is {ratio:.2f} × that of first in, first out "
         f"(`helium-no-ordering`). {setting(results['starvation'])}\n\n"
         f"{markdown_table(['system', 'single call p95 s'], body)}"
+    )
+
+
+def lookahead(results: Results, folder: Path) -> str:
+    """Time to first token with and without prefilling while the client thinks."""
+    if "lookahead" not in results:
+        return ""
+    table = table_of(results["lookahead"])
+    body = []
+    for shape in dict.fromkeys(row.shape for row in table):
+        on, off = (
+            next(r for r in table if r.shape == shape and r.system == system)
+            for system in ("helium", "helium-no-lookahead")
+        )
+        if on.ttft_p50 and off.ttft_p50 and on.call_p95 and off.call_p95:
+            body.append(
+                [
+                    shape.replace("_", " "),
+                    f"{off.ttft_p50:.3f}",
+                    f"{on.ttft_p50:.3f}",
+                    f"{off.ttft_p50 / on.ttft_p50:.2f} ×",
+                    f"{off.call_p95:.2f}",
+                    f"{on.call_p95:.2f} ({on.call_p95 / off.call_p95 - 1:+.0%})",
+                ]
+            )
+    head = ["shape", "TTFT p50 s without", "with", "ratio", "call p95 s without", "with"]
+    return (
+        "## While the client thinks\n\nThe client pauses for half a second before every call that has parents; the "
+        "template, learned from three runs, says what comes, and its prefix is prefilled meanwhile. "
+        f"{setting(results['lookahead'])}\n\n{markdown_table(head, body)}"
     )
 
 

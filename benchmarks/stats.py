@@ -50,6 +50,10 @@ class Measurement:
     outputs_differ: int | None = None
     """Calls whose reply is not the reference system's; None until compared."""
     outputs_compared: int = 0
+    predicted_calls: int = 0
+    """Computed calls of which the proxy says what it had predicted to be cached; 0: not one of ours."""
+    predicted_within_block: int = 0
+    """Those of them where that was within one KV block of what the engine found cached."""
     tenants: dict[str, dict[str, float]] = field(default_factory=dict)
     """Per tenant of mixed traffic: run p50 and p95."""
 

@@ -123,9 +123,11 @@ _ABLATIONS: dict[str, dict[str, str]] = {
     "no-placement": {"DISPATCH__PLACEMENT": "least-loaded"},
     "no-ordering": {"DISPATCH__ORDERING": "fifo"},
     "no-admission": {"DISPATCH__ADMISSION": "false"},
-    "no-kv-share": {"DISPATCH__KV_SHARE": "1.0"},
     "no-reuse": {"REUSE__ENABLED": "false", "REUSE__COALESCE": "false"},
     "no-templates": {"WORKFLOW__TEMPLATES": "false"},
+    "no-places": {"DISPATCH__KEEP_PLACES": "false"},
+    "no-lookahead": {"DIRECTIVES__LOOKAHEAD": "false"},
+    "no-events": {"POOL__KV_EVENTS": "false"},
 }
 """Settings that turn one thing off, by what is turned off; `passthrough` turns off everything."""
 

@@ -11,6 +11,7 @@ from . import (
     parallel_chains,
     reflection,
     retrieval,
+    thinking,
     tool_loop,
     trading,
     tree_search,
@@ -39,6 +40,8 @@ WORKLOADS: dict[str, Workload] = {
         mixed.STREAM,
         open_loop.POISSON,
         open_loop.BURSTS,
+        thinking.ITERATIVE,
+        thinking.DEBATE,
     )
 }
 

@@ -74,8 +74,10 @@ class Run:
         inputs: Mapping[str, str],
         roles: Roles,
         time_scale: float = 1.0,
+        think_s: float = 0.0,
     ) -> None:
         self._caller = caller
+        self._think_s = think_s
         self._roles = roles
         self._time_scale = time_scale
         self.workflow = workflow
@@ -94,6 +96,8 @@ class Run:
         self, node: str, messages: Sequence[Message], parents: Sequence[str] = (), max_tokens: int | None = None
     ) -> str:
         """The reply to one chat call; `parents` name the nodes whose replies are in the prompt."""
+        if parents and self._think_s:
+            await self.think(self._think_s)
         tokens = self.sizes.output if max_tokens is None else max_tokens
         call = Call(self.workflow, self.id, node, tuple(parents), tuple(messages), tokens)
         return await self._caller.complete(call)
@@ -142,6 +146,8 @@ class Workload:
     """(batch, seed) -> start offsets in seconds; None: all at once."""
     programs: Mapping[str, Program] = field(default_factory=dict)
     """For mixed traffic: input ``tenant`` names the program of the run."""
+    think_s: float = 0.0
+    """The client's pause before every call that has parents."""
     planned: bool = True
     """Whether the shape can be submitted as a plan (its calls do not depend on replies' contents or on time)."""
 
