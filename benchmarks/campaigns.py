@@ -36,7 +36,6 @@ _H100 = replace(
     _VLLM,
     engines="embedded:8",
     options=EngineOptions(profile="h100-8b", block_size=16, kv_events=True),
-    systems=("rr", "sglang", "vllm-router", "vllm-router-kv", "helium"),
     sizes="P1",
     scale=1.0,
     batches=(

@@ -173,6 +173,10 @@ SYSTEMS: dict[str, System] = {
 """Round robin counts as a peer when the best peer is sought: it is what a plain load balancer does."""
 
 
+_SETTLE_S = 2.0
+"""After a system has said that it is ready, before it is measured: what starts lazily in it has started then."""
+
+
 async def start(system: System, engines: Engines, session: aiohttp.ClientSession) -> tuple[Server, str]:
     """Start a system that is a server; it and its base URL, once it serves and knows every engine.
 
@@ -193,6 +197,7 @@ async def start(system: System, engines: Engines, session: aiohttp.ClientSession
         else:
             if system.registered:
                 raise StartFailed(f"{system.name} does not know all engines:\n{server.log_tail()}")
+        await asyncio.sleep(_SETTLE_S)
     except BaseException:
         server.stop()
         raise

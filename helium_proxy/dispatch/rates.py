@@ -15,6 +15,7 @@ PRIOR_PREFILL_S = 1 / 8000
 DECODE_WEIGHT = 4.0
 """In full batches: about 3 measured on the CPU build, 4 to 15 on accelerators by their published rates."""
 _FORGET = 0.95
+_SMOOTH = 0.1
 _MIN_WINDOW_S = 0.5
 _LEAST_S, _MOST_S = 1e-7, 0.1
 
@@ -37,7 +38,7 @@ class Rates:
         self.prefill_s = PRIOR_PREFILL_S  # engine seconds per prompt token computed
         self.step_s = DECODE_WEIGHT * PRIOR_PREFILL_S  # seconds between two tokens of one call
         self._seconds = self._tokens = 0.0  # of the windows so far, decayed by _FORGET a window
-        self._windows = 0
+        self._windows = self._steps = 0
         # The window under way: busy seconds, and weighted tokens of the calls that ended in it.
         self._busy = self._weighted = 0.0
         self._running = 0
@@ -70,7 +71,8 @@ class Rates:
         self._weighted += prompt_tokens + DECODE_WEIGHT * output_tokens
         if output_tokens >= 4:
             step = max(1e-5, (took_s - prompt_tokens * self.prefill_s) / output_tokens)
-            self.step_s += 0.1 * (step - self.step_s)
+            self._steps += 1
+            self.step_s += max(_SMOOTH, 1 / self._steps) * (step - self.step_s)
         if self._busy >= _MIN_WINDOW_S:
             self._seconds = _FORGET * self._seconds + self._busy
             self._tokens = _FORGET * self._tokens + self._weighted
