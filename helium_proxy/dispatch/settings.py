@@ -30,9 +30,6 @@ class DispatchSettings(BaseModel):
     )
     max_running: int = Field(256, ge=1, description="Calls at once on one worker.")
     default_running: int = Field(32, ge=1, description="The same, for a worker whose KV capacity is not known.")
-    recompute_weight: float = Field(
-        4.0, ge=0, description="How many times its own cost a recomputed token counts: it also evicts another."
-    )
     max_queue: int = Field(10_000, ge=1, description="Calls waiting at the most; further ones are answered 429.")
     window: int = Field(32, ge=1, description="Calls at the head of a lane among which the next one is chosen.")
     no_worker_wait_s: float = Field(

@@ -279,6 +279,91 @@ def test_a_prompt_of_full_blocks_recomputes_its_last() -> None:
     assert again.cached_tokens == 3 * SIZE
 
 
+# -- side by side
+
+
+def test_calls_that_share_a_prefix_run_side_by_side() -> None:
+    """Two roles with long instructions, alternating in the queue; a worker that holds one and four questions."""
+    state = fleet(1, capacity=60)
+    roles = [blocks("pro", 40), blocks("contra", 40)]
+    for i in range(12):
+        state.enqueue(call(blocks(f"q{i}", 1, roles[i % 2]), output=16, run_seq=i + 1), 0.0)
+    first = decide(state, 0.0)
+    assert len(first) >= 4
+    assert len({a.call.chain[:40] for a in first}) == 1, "both roles' instructions would fill the cache"
+
+
+def test_a_call_of_another_role_is_not_passed_for_ever() -> None:
+    state = fleet(1, capacity=60, max_running=2)
+    many, other = blocks("many", 40), call(blocks("rare", 45), run_seq=2)
+    running = ask(state, call(blocks("q", 1, many), run_seq=1))
+    state.enqueue(other, 0.0)
+    for i in range(2000):
+        state.enqueue(call(blocks(f"q{i}", 1, many), run_seq=3 + i), 1.0 + i)
+        running += decide(state, 1.0 + i)
+        if running[-1].call is other:
+            break
+        finish(state, running.pop(0))
+    assert running[-1].call is other
+    assert 10 < other.passed <= 256
+
+
+def test_a_worker_with_nothing_to_do_takes_over_from_the_longest_lane() -> None:
+    state = fleet(2, capacity=100)
+    prefix = blocks("p", 60)
+    state.workers["w1"].open = False
+    (first,) = ask(state, call(prefix, output=600))
+    waiting = [call(blocks(f"q{i}", 20, prefix), output=600) for i in range(8)]
+    assert ask(state, *waiting) == []
+    state.workers["w1"].open = True
+    taken = decide(state, 1.0)
+    assert {a.worker for a in taken} == {"w1"}
+    assert {a.reason for a in taken} == {"idle"}
+    assert first.worker == "w0"
+
+
+def test_a_burst_of_arrivals_is_placed_in_several_decisions() -> None:
+    state = fleet(16, max_running=1)
+    for i in range(2000):
+        state.enqueue(call(blocks(f"q{i}", 2)), 0.0)
+    decisions = 1
+    started = decide(state, 0.0)
+    while state.unfinished:
+        decisions += 1
+        started += decide(state, 0.0)
+    assert decisions > 4
+    assert len(started) == 16
+    assert state.queued == 2000 - 16
+
+
+# -- what comes back
+
+
+def test_the_room_of_a_finished_call_is_kept_for_the_next_of_its_run() -> None:
+    for keeps in (True, False):
+        state = fleet(1, capacity=100, keep_places=keeps)
+        old = blocks("old run", 60)
+        first, _ = ask(state, call(old, run_seq=1), call(blocks("beside it", 10), run_seq=2))
+        new = call(blocks("new run", 60), run_seq=3)
+        assert ask(state, new) == [], "no room"
+        assert state.release(first.worker, first.call.id, 1.0)
+        assert [a.call for a in decide(state, 1.0)] == ([] if keeps else [new])
+        back = ask(state, call(blocks("reply", 4, old), run_seq=1), now=1.005)
+        assert [a.cached_tokens for a in back] == ([60 * SIZE] if keeps else [])
+
+
+def test_what_is_kept_in_vain_is_given_up() -> None:
+    state = fleet(1, capacity=100)
+    first, _ = ask(state, call(blocks("old run", 60), run_seq=1), call(blocks("beside it", 10), run_seq=2))
+    new = call(blocks("new run", 60), run_seq=3)
+    assert ask(state, new) == []
+    assert state.release(first.worker, first.call.id, 1.0)
+    assert decide(state, 1.0) == []
+    end = state.returns.next_end()
+    assert end is not None
+    assert [a.call for a in decide(state, end)] == [new]
+
+
 # -- always
 
 

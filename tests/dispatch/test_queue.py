@@ -1,0 +1,80 @@
+"""Lanes: what they share, whose turn it is, and that nothing gets lost between them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helium_proxy.dispatch.calls import QueuedCall
+from helium_proxy.dispatch.queue import Lane, Queue, depths
+
+
+def call(name: str, chain: tuple[int, ...] = (), rank: int = 0, **fields: str) -> QueuedCall:
+    made = QueuedCall(name, "demo", fields.pop("tenant", "t"), chain, 16, 16 * len(chain) + 5, 10.0, 0.0, **fields)
+    made.rank = (0, 0.0, 0, 0.0, rank)
+    return made
+
+
+@given(st.integers(0, 5000))
+def test_chains_are_compared_at_few_places_that_are_close(length: int) -> None:
+    places = depths(length)
+    assert list(places) == sorted(set(places))
+    assert places[-1:] == ((length,) if length else ())
+    assert len(places) < 80
+    assert all(late - early <= max(1, early // 8) for early, late in pairwise(places))
+
+
+@given(st.integers(0, 300), st.integers(0, 300), st.integers(0, 300))
+def test_a_lane_knows_what_its_calls_share(common: int, mine: int, theirs: int) -> None:
+    lane = Lane()
+    prefix = tuple(range(common))
+    lane.push(call("a", prefix + tuple(range(10_000, 10_000 + mine))))
+    shared = lane.shared(prefix + tuple(range(20_000, 20_000 + theirs)))
+    assert shared <= common
+    assert shared >= common - max(1, common // 8), "an eighth too few at most"
+
+
+def test_a_lane_forgets_what_has_left() -> None:
+    lane, queue = Lane(), Queue()
+    one = call("a", tuple(range(40)))
+    lane.push(one)
+    lane.remove(one)
+    assert lane.shared(one.chain) == 0
+    assert not lane
+    queue.push(one)
+    assert len(queue) == 1
+    queue.place(one, "w")
+    assert queue.remove(one)
+    assert not queue.remove(one)
+    assert not queue.lane("w")
+    assert len(queue) == 0
+
+
+def test_a_closed_lane_s_calls_are_placed_anew() -> None:
+    queue = Queue()
+    calls = [call(f"c{i}", (i,), i) for i in range(5)]
+    for one in calls:
+        queue.push(one)
+        queue.place(one, "w0")
+    assert not queue.unplaced
+    queue.close("w0")
+    queue.close("never")
+    assert list(queue.unplaced.values()) == calls
+    assert len(queue) == 5
+    queue.place(calls[0], "w1")
+    assert list(queue.lane("w1")) == [calls[0]]
+
+
+def test_workflows_of_a_tenant_take_turns_by_what_they_were_given() -> None:
+    queue = Queue()
+    for name, group in (("a", "large"), ("b", "small"), ("c", "large")):
+        one = call(name, (), ord(name), group=group)
+        queue.push(one)
+        queue.place(one, "w")
+    lane = queue.lane("w")
+    (first, *_) = queue.turn(lane)
+    queue.charge(first[1], 5.0)
+    (second, *_) = queue.turn(lane)
+    assert {first[1].group, second[1].group} == {"large", "small"}

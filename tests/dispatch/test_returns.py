@@ -1,0 +1,115 @@
+"""What is kept for calls that come back: while it pays, and no longer."""
+
+from __future__ import annotations
+
+from helium_proxy.dispatch import returns
+from helium_proxy.dispatch.returns import Returns
+
+CHAIN = tuple(range(100, 120))
+NEXT = (*CHAIN, 7, 8, 9)
+KEY = ("workflow", "step")
+
+
+def finish(awaited: Returns, now: float = 0.0, chain: tuple[int, ...] = CHAIN, whole_s: float = 10.0) -> None:
+    awaited.finished(KEY, chain, "w", 20, whole_s, now)
+
+
+def test_room_is_kept_until_the_next_call_comes() -> None:
+    awaited = Returns()
+    finish(awaited)
+    assert awaited.kept("w") == 20
+    assert awaited.kept("other") == 0
+    awaited.arrived((1, 2, 3), 0.01)
+    assert awaited.kept("w") == 20, "somebody else's call"
+    awaited.arrived(NEXT, 0.02)
+    assert awaited.kept("w") == 0, "it is first in line now"
+
+
+def test_it_is_given_up_in_time() -> None:
+    awaited = Returns()
+    finish(awaited)
+    end = awaited.next_end()
+    assert end is not None
+    assert 0 < end <= 0.2
+    awaited.expire(end)
+    assert awaited.kept("w") == 0
+    assert awaited.next_end() is None
+
+
+def test_nodes_whose_calls_do_not_come_back_get_no_place() -> None:
+    awaited = Returns()
+    for turn in range(100):
+        finish(awaited, turn * 100.0, tuple(range(turn * 1000, turn * 1000 + 20)))
+        awaited.expire(turn * 100.0 + 99)
+    assert awaited.habit(KEY).probability < 0.01
+    finish(awaited, 20_000.0)
+    assert awaited.kept("w") == 0
+    awaited.arrived(NEXT, 20_000.5)
+    assert awaited.habit(KEY).probability > 0.05, "what is not kept is learned from, too"
+
+
+def test_waiting_pays_only_for_a_share_of_the_time_that_a_whole_cache_takes() -> None:
+    """t < probability * seconds to prefill the cache."""
+    for pause, kept in ((0.5, 20), (9.0, 0)):
+        awaited = Returns()
+        for turn in range(60):
+            now = turn * 100.0
+            chain = tuple(range(turn * 1000, turn * 1000 + 20))
+            finish(awaited, now, chain)
+            if turn % 2 or pause < 1:
+                awaited.arrived((*chain, 1), now + pause)
+            awaited.expire(now + 99)
+        finish(awaited, 10_000.0)
+        assert awaited.kept("w") == kept, pause
+
+
+def test_the_time_that_is_waited_follows_the_pauses() -> None:
+    awaited = Returns()
+    for turn in range(100):
+        chain = tuple(range(turn * 1000, turn * 1000 + 20))
+        finish(awaited, turn * 100.0, chain)
+        awaited.arrived((*chain, 1), turn * 100.0 + 2.0)
+    habit = awaited.habit(KEY)
+    assert abs(habit.mean_s - 2.0) < 0.1
+    finish(awaited, 20_000.0)
+    end = awaited.next_end()
+    assert end is not None
+    assert 20_002 < end < 20_004
+
+
+def test_a_lost_worker_keeps_nothing() -> None:
+    awaited = Returns()
+    finish(awaited)
+    awaited.gone("w")
+    assert awaited.kept("w") == 0
+    awaited.arrived(NEXT, 0.1)
+    assert awaited.habit(KEY).probability == 0.5, "it says nothing of the node"
+
+
+def test_an_empty_prompt_and_shared_blocks_need_no_place() -> None:
+    awaited = Returns()
+    awaited.finished(KEY, (), "w", 0, 10.0, 0.0)
+    awaited.finished(KEY, CHAIN, "w", 0, 10.0, 0.0)
+    assert awaited.kept("w") == 0
+    assert awaited.next_end() is None
+
+
+def test_the_same_prompt_again_has_one_place() -> None:
+    awaited = Returns()
+    for _ in range(5):
+        finish(awaited)
+    assert awaited.kept("w") == 20
+
+
+def test_memory_is_bounded() -> None:
+    awaited = Returns()
+    for index in range(returns._AWAITED + 500):
+        awaited.finished((f"flow{index}", "n"), (index,), "w", 1, 10.0, 0.0)
+    assert len(awaited._awaited) == returns._AWAITED
+    assert len(awaited._habits) == returns._KEYS
+    assert awaited.kept("w") <= returns._AWAITED
+    awaited.expire(1e9)
+    assert not awaited._awaited
+    assert not awaited._ends
+    assert not awaited._judged
+    assert awaited.kept("w") == 0
