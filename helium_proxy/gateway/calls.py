@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -18,7 +18,19 @@ from helium_proxy.gateway.http import RawHeaders, relayed
 from helium_proxy.gateway.replies import Reply, read_reply
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.ticket import Ticket
-from helium_proxy.reuse import Answer, Entry, Head, Seat, StreamRenamer, as_json, as_sse, retell, retold
+from helium_proxy.reuse import (
+    Answer,
+    Entry,
+    Head,
+    OwnStream,
+    Seat,
+    StreamRenamer,
+    as_json,
+    as_sse,
+    changed,
+    retell,
+    retold,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -34,7 +46,7 @@ class Served:
 
     status: int
     headers: RawHeaders
-    content: bytes | AsyncIterator[bytes]
+    content: bytes | AsyncIterable[bytes]
     stream: bool
     cache: CacheResult
     age_s: float | None
@@ -118,22 +130,19 @@ class Calls:
             raise
         return Served(head.status, headers, content, to_stream, result, None, seat.leave)
 
-    def _own(self, ticket: Ticket, seat: Seat, head: Head, to_stream: bool) -> bytes | AsyncIterator[bytes]:
+    def _own(self, ticket: Ticket, seat: Seat, head: Head, to_stream: bool) -> bytes | AsyncIterable[bytes]:
         """The answer in the form that this request asked for, under its own id."""
         route, request, usage = ticket.request.route, ticket.request, ticket.wants_usage
         if head.body is None:
-            chunks = seat.__aiter__()
-            if head.status == 200:
-                chunks = retell(
-                    chunks,
-                    route=route,
-                    from_stream=True,
-                    to_stream=to_stream,
-                    new_id=request.id,
-                    include_usage=usage,
-                    request=request.body,
-                )
-            return chunks if seat.leads else self._followed(ticket, seat, chunks)
+            assert seat.reader is not None
+            joined = None if seat.leads else partial(self._joined, ticket)
+            if head.status == 200 and not to_stream:
+                return _whole(seat.reader, ticket, joined)
+            if head.status != 200 or (seat.leads and not ticket.adds_usage):
+                return OwnStream(seat.reader, None, joined)
+            # What a leader gets has its id already, as its JSON body has.
+            own = None if seat.leads else request.id
+            return OwnStream(seat.reader, StreamRenamer(route, own, usage, request.body), joined)
         if head.status != 200 or (seat.leads and not to_stream):
             pieces = [head.body]  # an error, or a leader's JSON body, which is its own already
         else:
@@ -146,15 +155,12 @@ class Calls:
                 request=request.body,
             )
         if not seat.leads:
-            report(self._services, ticket, "coalesced", self._original(ticket))
+            self._joined(ticket)
         return _pieces(pieces) if to_stream else pieces[0]
 
-    async def _followed(self, ticket: Ticket, seat: Seat, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """`chunks`, and at their end the bookkeeping of a call that joined another (a leader's is done already)."""
-        async for chunk in chunks:
-            yield chunk
-        if not seat.leads:
-            report(self._services, ticket, "coalesced", self._original(ticket))
+    def _joined(self, ticket: Ticket) -> None:
+        """The bookkeeping of a call that joined another, at its end (a leader's is done already)."""
+        report(self._services, ticket, "coalesced", self._original(ticket))
 
     def _original(self, ticket: Ticket) -> Reply:
         """The computed reply that this call shares, if it is remembered. A stored response can then be referred to
@@ -169,19 +175,23 @@ class Calls:
         content = answer.content
         stream = not isinstance(content, bytes)
         if not isinstance(content, bytes) and ticket.adds_usage:
-            content = _without_usage(content, ticket)
+            # Without the usage chunk that was asked for in the client's stead.
+            content = changed(content, StreamRenamer(ticket.request.route, None, include_usage=False))
         headers = relayed(answer.headers.items())
         return Served(answer.status, headers, content, stream, "bypass", None, answer.close or _nothing)
 
 
-async def _without_usage(chunks: AsyncIterator[bytes], ticket: Ticket) -> AsyncIterator[bytes]:
-    """The stream without the usage chunk that was asked for in the client's stead."""
-    filtering = StreamRenamer(ticket.request.route, ticket.request.id, include_usage=False)
-    async for chunk in chunks:
-        if out := filtering.feed(chunk):
-            yield out
-    if rest := filtering.rest:
-        yield rest
+async def _whole(
+    chunks: AsyncIterable[bytes], ticket: Ticket, joined: Callable[[], None] | None
+) -> AsyncIterator[bytes]:
+    """A stream as the JSON body that this request asked for."""
+    request = ticket.request
+    async for body in retell(
+        chunks, route=request.route, from_stream=True, to_stream=False, new_id=request.id, request=request.body
+    ):
+        yield body
+    if joined is not None:
+        joined()
 
 
 async def _pieces(pieces: list[bytes]) -> AsyncIterator[bytes]:

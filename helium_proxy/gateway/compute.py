@@ -246,7 +246,7 @@ class _Exchange:
             await self._computer.keep(self._ticket, answer, reply)
 
     async def _relay(self, first: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The stream's bytes, each passed on before it is looked at."""
+        """The stream's bytes, each passed on before it is looked at: whoever asks for the next has sent this one."""
         ticket = self._ticket
         assembler = StreamAssembler(ticket.request.route)
         try:

@@ -8,7 +8,7 @@ whole relay, and its streaming response holds no event back only by accident of 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 from typing import Any, Literal
 
 import orjson
@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from helium_proxy import metrics
 from helium_proxy.errors import BodyTooLarge, ClientGone, HeliumError
+from helium_proxy.reuse import OwnStream, Push
 
 RawHeaders = list[tuple[bytes, bytes]]
 
@@ -87,10 +88,18 @@ async def send_error(send: Send, error: HeliumError, headers: RawHeaders | None 
     await send_json(send, error.status, error.body(), [*(headers or []), *extra])
 
 
-async def send_stream(send: Send, status: int, headers: RawHeaders, chunks: AsyncIterator[bytes]) -> None:
-    """Relays `chunks`, each as it comes. The head goes out with the first of them."""
+async def send_stream(
+    send: Send, status: int, headers: RawHeaders, chunks: AsyncIterable[bytes], push: Push | None = None
+) -> None:
+    """Relays `chunks`, each as it comes. The head goes out with the first of them; `push` is the short way for the
+    others, if there is one."""
     started = False
+    if push is not None and isinstance(chunks, OwnStream):
+        chunks.push_to(push)
     async for chunk in chunks:
+        if push is not None and push.ready():
+            push.write(chunk)
+            continue
         if not started:
             started = True
             await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -100,13 +109,20 @@ async def send_stream(send: Send, status: int, headers: RawHeaders, chunks: Asyn
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+PUSH = "helium.push"
+"""In the scopes of our own protocol: makes of an ASGI `send` a `Push`, which is ready once the head has been sent, or
+None where that is not the protocol's own."""
+
+
 class Sending:
     """An ASGI `send` that remembers the status it has sent."""
 
-    __slots__ = ("_send", "status")
+    __slots__ = ("_send", "push", "status")
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, scope: Scope) -> None:
         self._send = send
+        make: Callable[[Send], Push | None] | None = scope.get(PUSH)
+        self.push = make(send) if make is not None else None
         # -- state
         self.status = 0
         """0: no answer has begun."""

@@ -88,7 +88,7 @@ class LlmRoutes:
         """Around every request: drain, key, errors in OpenAI's form, the count of requests in flight."""
         services = self._services
         headers = header_map(scope)
-        sending = Sending(send)
+        sending = Sending(send, scope)
         services.in_flight += 1
         try:
             if services.draining:
@@ -252,7 +252,7 @@ class LlmRoutes:
         else:
             await send({"type": "http.response.body", "body": b""})
 
-    async def _relay(self, ticket: Ticket, served: Served, send: Send) -> None:
+    async def _relay(self, ticket: Ticket, served: Served, send: Sending) -> None:
         theirs = [(k, v) for k, v in served.headers if k != b"x-request-id"]
         headers = [*theirs, *self._own_headers(ticket, served)]
         if served.status >= 400:
@@ -267,7 +267,7 @@ class LlmRoutes:
             return
         metrics.STREAMS_OPEN.inc()
         try:
-            await send_stream(send, served.status, headers, content)
+            await send_stream(send, served.status, headers, content, send.push)
         finally:
             metrics.STREAMS_OPEN.dec()
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from helium_proxy import metrics
 from helium_proxy.errors import HeadersTooLarge
-from helium_proxy.gateway.http import GONE
+from helium_proxy.gateway.http import GONE, PUSH
 
 
 def _size(url: bytes, headers: list[tuple[bytes, bytes]]) -> int:
@@ -57,6 +58,30 @@ class _HeldHead:
         return self._transport.is_closing()
 
 
+class _Chunks:
+    """The way past uvicorn's messages for the chunks of a body (`reuse.Push`): of its `send`, which costs as much as
+    all the rest of relaying one, only the write is left."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    def ready(self) -> bool:
+        cycle = self._cycle  # `chunked_encoding` is known once the head has been sent
+        if not cycle.chunked_encoding or cycle.flow.write_paused:
+            return False
+        return not (cycle.disconnected or cycle.response_complete)
+
+    def write(self, chunk: bytes) -> None:
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+
+
+def _push(send: Send) -> _Chunks | None:
+    cycle = getattr(send, "__self__", None)
+    return _Chunks(cycle) if isinstance(cycle, RequestResponseCycle) else None  # not past a middleware's `send`
+
+
 def bounded_protocol(max_head_bytes: int) -> type[HttpToolsProtocol]:
     """The protocol class whose connections answer a head of more than `max_head_bytes` with 431 and end."""
 
@@ -97,7 +122,8 @@ def bounded_protocol(max_head_bytes: int) -> type[HttpToolsProtocol]:
             before = self.cycle
             super().on_headers_complete()
             if self.cycle is not before:
-                cast(dict[str, Any], self.cycle.scope)[GONE] = self._gone
+                scope = cast(dict[str, Any], self.cycle.scope)
+                scope[GONE], scope[PUSH] = self._gone, _push
                 self.cycle.transport = cast(asyncio.Transport, _HeldHead(self.transport, self.loop))
 
         def send_400_response(self, msg: str) -> None:

@@ -7,7 +7,7 @@ from helium_proxy.reuse.coalesce import Answer, Coalescer, CoalesceStatistics, H
 from helium_proxy.reuse.entry import Entry, make_entry
 from helium_proxy.reuse.key import cache_key, cacheable
 from helium_proxy.reuse.prompt_cache import Backend, CacheStatistics, PromptCache, build_cache
-from helium_proxy.reuse.relay import StreamRenamer, retell, retold
+from helium_proxy.reuse.relay import OwnStream, Push, StreamRenamer, changed, retell, retold
 from helium_proxy.reuse.replay import as_json, as_sse
 from helium_proxy.reuse.settings import ReuseSettings
 
@@ -20,7 +20,9 @@ __all__ = [
     "Coalescer",
     "Entry",
     "Head",
+    "OwnStream",
     "PromptCache",
+    "Push",
     "ReuseSettings",
     "Seat",
     "StreamAssembler",
@@ -30,6 +32,7 @@ __all__ = [
     "build_cache",
     "cache_key",
     "cacheable",
+    "changed",
     "make_entry",
     "parse_cache_control",
     "retell",

@@ -9,19 +9,27 @@ import orjson
 from helium_proxy.reuse.routes import Family, family
 from helium_proxy.reuse.sse import EventSplitter, payload
 
+_BATCH_BYTES = 16 * 1024
+
 
 class StreamAssembler:
     """Feed it a stream's bytes as they pass; afterwards `result()` is the whole answer, or None if there is none.
 
     There is none when the stream broke off, carried an error, was larger than `max_bytes` or was not understood:
-    such an answer must be neither kept nor handed to anyone as complete. It never raises. `text`, `usage` and
-    `tool_call_ids` may be read at any time.
+    such an answer must be neither kept nor handed to anyone as complete. It never raises. `failed`, `text`, `usage`
+    and `tool_call_ids` may be read at any time.
+
+    Bytes are laid aside and looked at when enough have come, or when something is asked: while a stream is relayed,
+    a chunk costs an append.
     """
 
     def __init__(self, route: str, max_bytes: int = 16 * 1024 * 1024) -> None:
         self._family = family(route)
         self._max_bytes = max_bytes
-        # State. `_answer` grows with each event; `_text`, `_args` hold pieces not yet joined, by choice or block.
+        # State. `_pending`: chunks not looked at yet. `_answer` grows with each event; `_pieces` hold text not yet
+        # joined, by block.
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
         self._split = EventSplitter(max_bytes)
         self._answer: dict[str, Any] = {}
         self._choices: dict[int, _Choice] = {}
@@ -37,15 +45,18 @@ class StreamAssembler:
 
     @property
     def failed(self) -> bool:
+        self._look()
         return self._failed
 
     @property
     def usage(self) -> dict[str, Any] | None:
+        self._look()
         return self._answer.get("usage")
 
     @property
     def text(self) -> str:
         """The assistant's text so far (first choice)."""
+        self._look()
         match self._family:
             case Family.MESSAGES:
                 return "".join(
@@ -60,6 +71,7 @@ class StreamAssembler:
 
     @property
     def tool_call_ids(self) -> tuple[str, ...]:
+        self._look()
         match self._family:
             case Family.MESSAGES:
                 return tuple(b["id"] for b in self._blocks.values() if b.get("type") == "tool_use" and "id" in b)
@@ -78,8 +90,20 @@ class StreamAssembler:
         if self._seen_bytes > self._max_bytes:
             self._fail()
             return
+        self._pending.append(chunk)
+        self._pending_bytes += len(chunk)
+        if self._pending_bytes >= _BATCH_BYTES:
+            self._look()
+
+    def _look(self) -> None:
+        """Fold what has been laid aside."""
+        if not self._pending:
+            return
+        data = b"".join(self._pending)
+        self._pending.clear()
+        self._pending_bytes = 0
         try:
-            for event in self._split.feed(chunk):
+            for event in self._split.feed(data):
                 data = payload(event)
                 if data == b"[DONE]":
                     self._ended = self._ended or self._family in (Family.CHAT, Family.COMPLETIONS)
@@ -90,6 +114,7 @@ class StreamAssembler:
 
     def result(self) -> dict[str, Any] | None:
         """The answer, once the stream has ended as it should."""
+        self._look()
         if self._failed or not self._ended or self._split.rest.strip():
             return None
         match self._family:
@@ -109,6 +134,7 @@ class StreamAssembler:
 
     def _fail(self) -> None:
         self._failed = True
+        self._pending.clear()
         self._choices.clear()
         self._pieces.clear()
 

@@ -6,8 +6,8 @@ or the other way round.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
+from typing import Any, Protocol
 
 import orjson
 
@@ -15,6 +15,7 @@ from helium_proxy.errors import UpstreamFailed
 from helium_proxy.reuse.assemble import StreamAssembler
 from helium_proxy.reuse.replay import ECHOED, events
 from helium_proxy.reuse.routes import Family, family
+from helium_proxy.reuse.shared import Reader
 from helium_proxy.reuse.sse import EventSplitter, named_event, payload
 
 
@@ -34,12 +35,8 @@ async def retell(
     body breaks off or carries an error, or a JSON body that was to become a stream is none.
     """
     if from_stream and to_stream:
-        rename = StreamRenamer(route, new_id, include_usage, request)
-        async for chunk in chunks:
-            if out := rename.feed(chunk):
-                yield out
-        if rest := rename.rest:
-            yield rest
+        async for out in changed(chunks, StreamRenamer(route, new_id, include_usage, request)):
+            yield out
         return
     if from_stream:
         assembler = StreamAssembler(route)
@@ -86,7 +83,63 @@ def renamed(
     return answer
 
 
-_FINISH = b'"finish_reason":"'
+async def changed(chunks: AsyncIterable[bytes], change: StreamRenamer) -> AsyncIterator[bytes]:
+    """`chunks` with `change` made, each as soon as it has come."""
+    async for chunk in chunks:
+        if out := change.feed(chunk):
+            yield out
+    if rest := change.rest:
+        yield rest
+
+
+class Push(Protocol):
+    """A way to a client on which a chunk needs no waiting."""
+
+    def ready(self) -> bool:
+        """Whether the client takes a chunk right now."""
+
+    def write(self, chunk: bytes) -> None:
+        """Only when `ready`."""
+
+
+class OwnStream:
+    """A shared stream as one request's own: `change`, if any, is made to it. `at_end` is called when it has been read
+    to its end."""
+
+    def __init__(
+        self, reader: Reader, change: StreamRenamer | None = None, at_end: Callable[[], None] | None = None
+    ) -> None:
+        self._reader = reader
+        self._change = change
+        self._at_end = at_end
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        chunks = self._reader if self._change is None else changed(self._reader, self._change)
+        async for chunk in chunks:
+            yield chunk
+        if self._at_end is not None:
+            self._at_end()
+
+    def push_to(self, client: Push) -> None:
+        """Chunks may go straight to the client while whoever iterates waits for them; what it does not take at once
+        comes out of the iteration."""
+        change = self._change
+
+        def push(chunk: bytes) -> bool:
+            if not client.ready():
+                return False
+            try:
+                out = chunk if change is None else change.feed(chunk)
+            except Exception:  # it meets the reader, whose stream it is, once more
+                return False
+            if out:
+                client.write(out)
+            return True
+
+        self._reader.push_to(push)
+
+
+_FINISH, _USAGE, _RESPONSE = b'"finish_reason":"', b'"usage":{', b'"response":{'
 
 
 class StreamRenamer:
@@ -94,20 +147,24 @@ class StreamRenamer:
 
     Without that event vLLM would have put the `system_fingerprint` into the event that finishes a choice: so this one
     is held until the next has come, which is there at once.
+
+    Without a new id, and without the usage event to leave out, nothing would be changed.
     """
 
     def __init__(
-        self, route: str, new_id: str, include_usage: bool, request: Mapping[str, Any] | None = None
+        self, route: str, new_id: str | None, include_usage: bool, request: Mapping[str, Any] | None = None
     ) -> None:
         self._route = route
         self._family = family(route)
         self._new_id = new_id
         self._new = orjson.dumps(new_id)
-        self._request = request
+        self._request = request if self._family is Family.RESPONSES and new_id is not None else None
         self._drop_usage = not include_usage and self._family in (Family.CHAT, Family.COMPLETIONS)
+        # What marks an event of which more is changed than the id.
+        self._marks = (*((_FINISH, _USAGE) if self._drop_usage else ()), *((_RESPONSE,) if self._request else ()))
         # State: the original's id in quotes, once an event has named it; an event that finishes a choice, held; bytes
         # of an unfinished event.
-        self._old: bytes | None = None
+        self._old: bytes | None = self._new if new_id is None else None
         self._held = b""
         self._split = EventSplitter()
 
@@ -121,25 +178,35 @@ class StreamRenamer:
 
     def feed(self, chunk: bytes) -> bytes:
         """The events that `chunk` completes, as this request's own."""
-        return b"".join(map(self._own, self._split.feed(chunk)))
+        if self._held or self._split.rest or self._old is None or not chunk.endswith(b"\n\n"):
+            return b"".join(map(self._own, self._split.feed(chunk)))
+        for mark in self._marks:
+            if mark in chunk:
+                return b"".join(map(self._own, self._split.feed(chunk)))
+        return self._named(chunk)  # whole events, and nothing in them but the id: as most chunks are
 
     def _own(self, event: bytes) -> bytes:
         if self._old is None:
             self._old = self._find_id(event)
         if self._drop_usage:
             held, self._held = self._held, b""
-            if b'"choices":[]' in event and b'"usage":{' in event:
+            if b'"choices":[]' in event and _USAGE in event:
                 return _stamped(held, event)
-            event = event.replace(self._old, self._new) if self._old is not None else event
+            event = self._named(event)
             if _FINISH in event:
                 self._held = event
                 return held
             return held + event
-        if self._family is Family.RESPONSES and self._request is not None and b'"response":{' in event:
+        if self._request is not None and self._new_id is not None and _RESPONSE in event:
             value = orjson.loads(payload(event))
             value["response"] = renamed(value["response"], self._route, self._new_id, self._request)
             return named_event(value)
-        return event.replace(self._old, self._new) if self._old is not None else event
+        return self._named(event)
+
+    def _named(self, events: bytes) -> bytes:
+        if self._old is None or self._new_id is None:
+            return events
+        return events.replace(self._old, self._new)
 
     def _find_id(self, event: bytes) -> bytes | None:
         try:

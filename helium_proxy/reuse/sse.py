@@ -30,14 +30,21 @@ class EventSplitter:
         if 0 <= data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:  # one event, as most chunks are
             self._rest = b""
             return [data]
+        if b"\r" not in data:
+            *whole, self._rest = data.split(b"\n\n")
+            self._check()
+            return [event + b"\n\n" for event in whole]
         events, start = [], 0
         for match in _BOUNDARY.finditer(data):
             events.append(data[start : match.end()])
             start = match.end()
         self._rest = data[start:]
+        self._check()
+        return events
+
+    def _check(self) -> None:
         if len(self._rest) > self._limit:
             raise ValueError(f"an event of more than {self._limit} bytes")
-        return events
 
     @property
     def rest(self) -> bytes:

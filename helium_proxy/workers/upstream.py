@@ -83,8 +83,9 @@ class Upstream:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives. Raises SendFailed when the connection breaks before its end."""
+        content = self._response.content
         try:
-            async for chunk in self._response.content.iter_any():
+            while chunk := await content.readany():
                 yield chunk
         except (aiohttp.ClientError, ConnectionError) as error:
             raise SendFailed("lost", repr(error)) from error
