@@ -120,6 +120,7 @@ class Fleet:
         self._decide_s: list[float] = []
         self._on_run_end: Callable[[], None] = lambda: None
         self._think: Callable[[], float] = lambda: 0.0
+        self._lag: Callable[[], float] = lambda: 0.0
 
     def __repr__(self) -> str:
         return (
@@ -141,11 +142,14 @@ class Fleet:
         concurrent: int | None = None,
         rate: float | None = None,
         think_s: float = 0.0,
+        lag_s: float = 0.0,
         seed: int = 1,
     ) -> FleetResult:
         """`runs` runs of `graph`: all at once, `concurrent` at a time, or at `rate` a second (Poisson).
 
-        `think_s`: mean of the exponential pause of the client before each call that has parents."""
+        `think_s`: mean of the exponential pause of the client before each call that has parents. `lag_s`: mean of the
+        exponential time that an answer needs from the engine's scheduler to the system, as API servers take their
+        time."""
         rng = random.Random(seed)
         began = time.perf_counter()
         started = 0
@@ -158,6 +162,8 @@ class Fleet:
 
         if think_s:
             self._think = lambda: rng.expovariate(1 / think_s)
+        if lag_s:
+            self._lag = lambda: rng.expovariate(1 / lag_s)
         if rate is not None:
             when = 0.0
             for _ in range(runs):
@@ -327,7 +333,11 @@ class Fleet:
             return  # the step was cut short meanwhile
         self._steps[worker] = _ENDING
         for request in self._engines[worker].finish().finished:
-            self._done(request)
+            lag = self._lag()
+            if lag:
+                self._at(self.now + lag, lambda request=request: self._done(request))  # type: ignore[misc]
+            else:
+                self._done(request)
         self._step(worker)
 
     def _done(self, request: Request) -> None:
@@ -362,7 +372,7 @@ class Fleet:
             worker.residency.correct(queued.chain, request.cached_tokens // self._block)
             worker.version += 1
         computed = queued.prompt_tokens - request.cached_tokens
-        worker.rates.finished(computed, queued.output_tokens, self.now - assignment.started_at, self.now)
+        self._state.measure(assignment, computed, queued.output_tokens, self.now)
         self._decide_due = True
 
     def _result(self, workers: int, runs: int, wall_s: float) -> FleetResult:

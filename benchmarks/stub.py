@@ -53,9 +53,7 @@ _METRICS = "\n".join(
         "vllm:prompt_tokens_cached_total",
         "vllm:generation_tokens_total",
     )
-) + (
-    '\nvllm:cache_config_info{block_size="16",num_gpu_blocks="100000",kv_cache_size_tokens="1600000",engine="0"} 1\n'
-)
+) + ('\nvllm:cache_config_info{block_size="16",num_gpu_blocks="25000",kv_cache_size_tokens="400000",engine="0"} 1\n')
 
 
 def _response(body: bytes, content_type: bytes) -> bytes:

@@ -51,8 +51,8 @@ class QueuedCall:
     """The worker it waits for; None: not placed yet."""
     reason: Reason = "only"
     """Why it waits for that one."""
-    lane_s: float = 0.0
-    """Engine seconds by which it lengthens that lane."""
+    lane_work: float = 0.0
+    """Prompt tokens' worth of work by which it lengthens that lane."""
     passed: int = 0
     """Calls behind it in rank that went before it."""
 
@@ -71,7 +71,7 @@ class Assignment:
     engine_priority: int
     """For the engine's own queue; lower is earlier."""
     started_at: float
-    work_s: float
-    """Engine seconds it was counted as."""
+    work: float
+    """Prompt tokens' worth of work it was counted as."""
     predicted_s: float
     """Expected duration on the worker."""

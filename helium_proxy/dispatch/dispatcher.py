@@ -95,11 +95,11 @@ class Dispatcher:
             return
         worker = self.state.workers[assignment.worker]
         if not ok:
-            worker.rates.abandoned(now)
+            worker.rates.abandoned(call.id, now)
             return
         computed = computed_tokens if computed_tokens is not None else call.prompt_tokens - assignment.cached_tokens
         output = call.output_tokens if output_tokens is None else output_tokens
-        worker.rates.finished(max(0, computed), output, now - assignment.started_at, now)
+        self.state.measure(assignment, max(0, computed), output, now)
 
     # -- workers
 

@@ -65,7 +65,7 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
         queue.close(name)
     at_once = max(_LEAST_PLACED, _LOOKED_UP // len(workers))
     for call in nsmallest(at_once, queue.unplaced.values(), key=lambda c: c.rank):
-        _place(state, queue, call, workers)
+        _place(state, queue, call, workers, now)
     state.unfinished = state.unfinished or bool(queue.unplaced)
     assignments: list[Assignment] = []
     for worker in workers:
@@ -80,14 +80,14 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
 # -- 1. place
 
 
-def _place(state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState]) -> None:
+def _place(state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState], now: float) -> None:
     allowed = [w for w in workers if w.id not in call.exclude] or workers if call.exclude else workers
-    worker, call.reason, call.lane_s = _cheapest(state, queue, call, allowed)
+    worker, call.reason, call.lane_work = _cheapest(state, queue, call, allowed, now)
     queue.place(call, worker.id)
 
 
 def _cheapest(
-    state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState]
+    state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState], now: float
 ) -> tuple[WorkerState, Reason, float]:
     """The worker for `call`, why, and what it costs there."""
     settings = state.settings
@@ -100,7 +100,7 @@ def _cheapest(
     elif settings.placement == "round-robin":
         workers, reason = [workers[state.next_turn() % len(workers)]], "round-robin"
     elif settings.placement == "least-loaded":
-        worker = min(workers, key=lambda w: (w.backlog_s + queue.lane(w.id).work_s, len(w.running)))
+        worker = min(workers, key=lambda w: (_until(queue, w, now), len(w.running)))
         workers, reason = [worker], "least-loaded"
     for worker in workers:
         lane = queue.lane(worker.id)
@@ -108,7 +108,7 @@ def _cheapest(
         shared = lane.shared(call.chain)
         cached = max(resident, shared)
         cost = worker.cost(call, cached, max(held, shared))
-        total = worker.backlog_s + lane.work_s + _WASTE * cost
+        total = _until(queue, worker, now) + _WASTE * cost * worker.rates.prefill_s
         if worker.id == call.suggestion:
             total -= call.prompt_tokens * worker.rates.prefill_s
         if total < best_total:
@@ -117,6 +117,11 @@ def _cheapest(
     if reason == "balance" and most and best_cached == most:
         reason = "prefix"
     return best, reason, best_cost
+
+
+def _until(queue: Queue, worker: WorkerState, now: float) -> float:
+    """Seconds until `worker` is done with what it runs and what waits in its lane."""
+    return worker.backlog_s(now) + queue.lane(worker.id).work * worker.rates.prefill_s
 
 
 # -- 2. fill
@@ -175,19 +180,20 @@ def _take_over(
         others = [w for w in workers if queue.lane(w.id)]
         if not others:
             break
-        last = max(others, key=lambda w: w.backlog_s + queue.lane(w.id).work_s)
+        last = max(others, key=lambda w: _until(queue, w, now))
         lane = queue.lane(last.id)
         found: tuple[float, QueuedCall] | None = None
         for _, call in queue.turn(lane)[: settings.window]:
             if worker.id in call.exclude or call.prefer == last.id:
                 continue
             cost = worker.cost(call, *worker.matches(call))
-            if found is None or cost - call.lane_s < found[0]:
-                found = cost - call.lane_s, call
+            if found is None or cost - call.lane_work < found[0]:
+                found = cost - call.lane_work, call
         if found is None:
             break
         extra, call = found
-        if worker.backlog_s + extra + call.lane_s >= last.backlog_s + lane.work_s:
+        takes = (extra + call.lane_work) * worker.rates.prefill_s
+        if worker.backlog_s(now) + takes >= _until(queue, last, now):
             break
         if not worker.has_room(call, settings, now, state.returns.kept(worker.id)):
             break
@@ -213,7 +219,7 @@ def _start(
         reason=reason,
         engine_priority=_engine_priority(call),
         started_at=now,
-        work_s=cost,
+        work=cost,
         predicted_s=worker.rates.duration(call.prompt_tokens - cached, call.output_tokens),
     )
     queue.remove(call)

@@ -5,7 +5,7 @@ a worker that has room and an empty lane takes over from the longest lane. Lanes
 of the worker that has room is looked at) and let a worker choose among all that waits for it, so that calls that
 share a prefix run side by side there.
 
-Tenants take turns, and each tenant's workflows within its turn, by the engine seconds they have been given; inside a
+Tenants take turns, and each tenant's workflows within its turn, by the work that they have been given; inside a
 workflow calls go by rank. Fair shares protect a small workflow beside a large one, and leave the order within one
 free.
 """
@@ -42,7 +42,7 @@ class Lane:
     def __init__(self) -> None:
         # -- state
         self.groups: dict[GroupKey, list[tuple[Rank, QueuedCall]]] = {}  # never empty lists, sorted by rank
-        self.work_s = 0.0  # sum of the calls' `lane_s`
+        self.work = 0.0  # sum of the calls' `lane_work`
         self._marks: Counter[int] = Counter()  # block at one of `depths` of a waiting chain → chains that have it
         self._length = 0
         self.blocked: object = None  # the state of worker and lane in which the next call found no room
@@ -51,7 +51,7 @@ class Lane:
         return self._length
 
     def __repr__(self) -> str:
-        return f"<Lane {self._length} calls, {self.work_s:.2f} s>"
+        return f"<Lane {self._length} calls, {self.work:.0f} tokens>"
 
     def __iter__(self) -> Iterator[QueuedCall]:
         for waiting in self.groups.values():
@@ -77,7 +77,7 @@ class Lane:
         bisect.insort(self.groups.setdefault((call.tenant, call.group), []), (call.rank, call))
         self._length += 1
         self.blocked = None
-        self.work_s += call.lane_s
+        self.work += call.lane_work
         for depth in depths(len(call.chain)):
             self._marks[call.chain[depth - 1]] += 1
 
@@ -89,7 +89,7 @@ class Lane:
             del self.groups[key]
         self._length -= 1
         self.blocked = None
-        self.work_s = max(0.0, self.work_s - call.lane_s) if self._length else 0.0
+        self.work = max(0.0, self.work - call.lane_work) if self._length else 0.0
         for depth in depths(len(call.chain)):
             block = call.chain[depth - 1]
             self._marks[block] -= 1
@@ -105,7 +105,7 @@ class Queue:
         self.unplaced: dict[str, QueuedCall] = {}
         self.lanes: dict[str, Lane] = {}  # by worker
         self._waiting: Counter[str | GroupKey] = Counter()  # tenant or group → its calls waiting
-        self._served: OrderedDict[str | GroupKey, float] = OrderedDict()  # the same → engine seconds given
+        self._served: OrderedDict[str | GroupKey, float] = OrderedDict()  # the same → work given
         self._length = 0
 
     def __len__(self) -> int:
@@ -176,10 +176,10 @@ class Queue:
             call.lane = None
             self.unplaced[call.id] = call
 
-    def charge(self, call: QueuedCall, work_s: float) -> None:
-        """`call` was given `work_s` engine seconds."""
+    def charge(self, call: QueuedCall, work: float) -> None:
+        """`call` was given so much work."""
         for who in (call.tenant, (call.tenant, call.group)):
-            self._served[who] = self._served.get(who, 0.0) + work_s
+            self._served[who] = self._served.get(who, 0.0) + work
 
     def turn(self, lane: Lane) -> list[tuple[Rank, QueuedCall]]:
         """The calls of the workflow whose turn it is in a lane that is not empty, by rank. A client's priority goes

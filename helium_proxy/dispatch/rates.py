@@ -1,9 +1,13 @@
-"""A worker's speed, measured from the calls it finishes.
+"""A worker's speed, measured from the calls it runs.
 
 One number is fitted: engine seconds per prefilled token *at the batch sizes the worker really runs*, from busy
 windows, with forgetting. A decoded token counts as `DECODE_WEIGHT` prefilled ones: a fit of both cannot tell them
 apart as long as calls look alike, and then gives either of them any value; placement needs only their sum, and a
 prefill cost of the right order. The latency of a decode step, for predictions of duration, comes from the calls.
+
+Calls of one batch end together. A window that counted those only that have ended would call the engine slow when the
+first of them ends, and fast when the others do. So what runs counts, too, by its age: a call that has run for half as
+long as the one that has just ended took is half done.
 """
 
 from __future__ import annotations
@@ -17,7 +21,14 @@ DECODE_WEIGHT = 4.0
 _FORGET = 0.95
 _SMOOTH = 0.1
 _MIN_WINDOW_S = 0.5
+_PRIOR_S = 2.0
+"""Busy seconds of its own after which a worker's measurements weigh as much as those of its peers."""
 _LEAST_S, _MOST_S = 1e-7, 0.1
+
+
+def work(prompt_tokens: float, output_tokens: float) -> float:
+    """A call's work in prompt tokens: so many could be prefilled in the same time."""
+    return prompt_tokens + DECODE_WEIGHT * output_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +48,12 @@ class Rates:
         # -- state
         self.prefill_s = PRIOR_PREFILL_S  # engine seconds per prompt token computed
         self.step_s = DECODE_WEIGHT * PRIOR_PREFILL_S  # seconds between two tokens of one call
-        self._seconds = self._tokens = 0.0  # of the windows so far, decayed by _FORGET a window
+        self.busy_s = self.work = 0.0  # of the windows so far, decayed by _FORGET a window
         self._windows = self._steps = 0
-        # The window under way: busy seconds, and weighted tokens of the calls that ended in it.
-        self._busy = self._weighted = 0.0
-        self._running = 0
+        self._running: dict[str, tuple[float, float]] = {}  # call → (start, work expected)
+        # The window under way: busy seconds, and work of the calls that ended in it; and what had been done of those
+        # that ran when it began.
+        self._busy = self._ended = self._before = 0.0
         self._since = 0.0  # until when `_busy` is accounted
 
     def __repr__(self) -> str:
@@ -52,38 +64,62 @@ class Rates:
             1 / self.prefill_s, 1 / (DECODE_WEIGHT * self.prefill_s), 1 / self.step_s, self._windows
         )
 
-    def work(self, prompt_tokens: float, output_tokens: float) -> float:
+    def seconds(self, prompt_tokens: float, output_tokens: float) -> float:
         """Engine seconds to prefill `prompt_tokens` and decode `output_tokens` within a full batch."""
-        return (prompt_tokens + DECODE_WEIGHT * output_tokens) * self.prefill_s
+        return work(prompt_tokens, output_tokens) * self.prefill_s
 
     def duration(self, prompt_tokens: float, output_tokens: float) -> float:
         """Seconds one call takes from start to end at the usual load."""
         return prompt_tokens * self.prefill_s + output_tokens * self.step_s
 
-    def started(self, now: float) -> None:
-        if self._running == 0:
+    def started(self, call: str, prompt_tokens: float, output_tokens: float, now: float) -> None:
+        """A call has been sent that will compute about so many tokens."""
+        if not self._running:
             self._since = now
-        self._running += 1
+        self._running[call] = now, work(prompt_tokens, output_tokens)
 
-    def finished(self, prompt_tokens: float, output_tokens: float, took_s: float, now: float) -> None:
-        """A call ended: `prompt_tokens` it computed (not those it found cached), `output_tokens`, in `took_s`."""
-        self.abandoned(now)
-        self._weighted += prompt_tokens + DECODE_WEIGHT * output_tokens
+    def finished(self, call: str, prompt_tokens: float, output_tokens: float, now: float) -> bool:
+        """A call ended: `prompt_tokens` it computed (not those it found cached), `output_tokens`. Whether this has
+        ended a window, so that the worker's speed is known anew."""
+        known = self._end(call, now)
+        if known is None:
+            return False
+        took = now - known[0]
+        self._ended += work(prompt_tokens, output_tokens)
         if output_tokens >= 4:
-            step = max(1e-5, (took_s - prompt_tokens * self.prefill_s) / output_tokens)
+            step = max(1e-5, (took - prompt_tokens * self.prefill_s) / output_tokens)
             self._steps += 1
             self.step_s += max(_SMOOTH, 1 / self._steps) * (step - self.step_s)
-        if self._busy >= _MIN_WINDOW_S:
-            self._seconds = _FORGET * self._seconds + self._busy
-            self._tokens = _FORGET * self._tokens + self._weighted
-            self._windows += 1
-            self._busy = self._weighted = 0.0
-            if self._tokens > 0:
-                self.prefill_s = min(_MOST_S, max(_LEAST_S, self._seconds / self._tokens))
+        if self._busy < _MIN_WINDOW_S:
+            return False
+        underway = sum(tokens * min(1.0, (now - start) / took) for start, tokens in self._running.values())
+        done = self._ended + underway - self._before
+        if done <= 0:
+            return False
+        self.busy_s = _FORGET * self.busy_s + self._busy
+        self.work = _FORGET * self.work + done
+        self._windows += 1
+        self._busy = self._ended = 0.0
+        self._before = underway
+        self.believe(None)
+        return True
 
-    def abandoned(self, now: float) -> None:
+    def believe(self, peers_s: float | None) -> None:
+        """Sets the speed from what was measured here and, as long as that is little, at the worker's peers:
+        `peers_s` seconds per token (None: nothing is known of any)."""
+        busy, tokens = self.busy_s, self.work
+        if peers_s is not None:
+            busy, tokens = busy + _PRIOR_S, tokens + _PRIOR_S / peers_s
+        if tokens > 0:
+            self.prefill_s = min(_MOST_S, max(_LEAST_S, busy / tokens))
+
+    def abandoned(self, call: str, now: float) -> None:
         """A call ended without a count (it failed, or was aborted)."""
-        if self._running:
+        self._end(call, now)
+
+    def _end(self, call: str, now: float) -> tuple[float, float] | None:
+        known = self._running.pop(call, None)
+        if known is not None:
             self._busy += max(0.0, now - self._since)
             self._since = now
-            self._running -= 1
+        return known

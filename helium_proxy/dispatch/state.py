@@ -17,6 +17,8 @@ from helium_proxy.residency.index import Chain, WorkerResidency
 __all__ = ["Assignment", "DispatchState", "QueuedCall", "WorkerState"]
 
 _RUNS_REMEMBERED = 100_000
+_LEAST_LEFT = 0.1
+"""Of the work of what runs, what is taken to be left however long it has run."""
 UNBOUNDED_BLOCKS = 1 << 20
 """The mirror's size for a worker whose KV capacity is not known."""
 
@@ -36,8 +38,11 @@ class WorkerState:
     residency: WorkerResidency = field(init=False)
     rates: Rates = field(default_factory=Rates)
     running: dict[str, Assignment] = field(default_factory=dict)
-    backlog_s: float = 0.0
-    """Sum of `work_s` of what runs."""
+    work: float = 0.0
+    """Sum of `work` of what runs: prompt tokens."""
+    worked_s: float = 0.0
+    """Seconds that the engine has spent on it by `_worked_at`."""
+    _worked_at: float = 0.0
     forecast: KvForecast = field(default_factory=KvForecast)
     version: int = 0
     """Increases when blocks may have become resident or been lost."""
@@ -46,7 +51,7 @@ class WorkerState:
         self.residency = WorkerResidency(self.capacity or UNBOUNDED_BLOCKS)
 
     def __repr__(self) -> str:
-        return f"<WorkerState {self.id} running={len(self.running)} backlog={self.backlog_s:.2f}s {self.residency!r}>"
+        return f"<WorkerState {self.id} running={len(self.running)} work={self.work:.0f} {self.residency!r}>"
 
     def matches(self, call: QueuedCall) -> tuple[int, int]:
         """Leading blocks of `call` that are resident here, and those of them that running calls hold; remembered
@@ -59,19 +64,30 @@ class WorkerState:
         return resident, held
 
     def cost(self, call: QueuedCall, resident: int, held: int) -> float:
-        """Engine seconds of `call` here if its first `resident` blocks are cached and running calls hold `held`.
+        """The work of `call` here if its first `resident` blocks are cached and running calls hold `held`, in prompt
+        tokens: the engine could prefill so many in the same time.
 
         Prefill of what is not cached, plus its part of the decode steps: what the engine computes for it, or, where
         the KV limits the batch, the time for which it keeps its own part of the KV from others, whichever is more
         (the paper's token usage, section on the cost model, counts the same: tokens held times steps).
         """
-        rates = self.rates
-        prefill = max(0, call.prompt_tokens - resident * call.block_size) * rates.prefill_s
-        decode = DECODE_WEIGHT * call.output_tokens * rates.prefill_s
+        prefill = max(0, call.prompt_tokens - resident * call.block_size)
+        step = DECODE_WEIGHT
         if self.capacity:
             own = len(call.chain) - held + self.anonymous_blocks(call)
-            decode = max(decode, call.output_tokens * rates.step_s * own / self.capacity)
-        return prefill + decode
+            step = max(step, self.rates.step_s / self.rates.prefill_s * own / self.capacity)
+        return prefill + step * call.output_tokens
+
+    def backlog_s(self, now: float) -> float:
+        """Engine seconds until what runs is done: its work less what has passed, for a busy engine does a second of
+        work in a second. Calls of one batch end at nearly the same time, so that by their number alone a worker would
+        look busy until the last of its answers has been delivered."""
+        whole = self.work * self.rates.prefill_s
+        return max(_LEAST_LEFT * whole, whole - self.worked_s - max(0.0, now - self._worked_at))
+
+    def _settle(self, now: float) -> None:
+        self.worked_s = self.work * self.rates.prefill_s - self.backlog_s(now)
+        self._worked_at = now
 
     def anonymous_blocks(self, call: QueuedCall) -> int:
         """Blocks `call` needs beyond its chain: the prompt's tail and its output."""
@@ -115,11 +131,12 @@ class WorkerState:
         self.residency.admit(call.id, call.chain, own, exact=call.exact)
         self.running[call.id] = assignment
         self.forecast.add(call.id, now + assignment.predicted_s, own)
-        self.backlog_s += assignment.work_s
+        self._settle(now)
+        self.work += assignment.work
         self.version += 1
-        self.rates.started(now)
+        self.rates.started(call.id, call.prompt_tokens - assignment.cached_tokens, call.output_tokens, now)
 
-    def release(self, call: str, extension: Chain = ()) -> tuple[Assignment, int] | None:
+    def release(self, call: str, now: float, extension: Chain = ()) -> tuple[Assignment, int] | None:
         """The call no longer runs here; its assignment, and how many of its prompt's blocks nobody holds any more.
         None when it was not known (the worker was cleared meanwhile)."""
         assignment = self.running.pop(call, None)
@@ -128,7 +145,9 @@ class WorkerState:
         before = self.residency.referenced
         self.residency.finish(call, extension)
         self.forecast.remove(call)
-        self.backlog_s = max(0.0, self.backlog_s - assignment.work_s) if self.running else 0.0
+        self._settle(now)
+        self.work = max(0.0, self.work - assignment.work) if self.running else 0.0
+        self.worked_s = max(0.0, self.worked_s - assignment.work * self.rates.prefill_s)
         self.version += 1
         return assignment, before - self.residency.referenced
 
@@ -189,7 +208,7 @@ class DispatchState:
         """`call` no longer runs on `worker`; where it is `ok`, its next one may be waited for. False when it was not
         known there."""
         known = self.workers.get(worker)
-        released = known.release(call, extension) if known is not None else None
+        released = known.release(call, now, extension) if known is not None else None
         if known is None or released is None:
             return False
         assignment, freed = released
@@ -198,6 +217,15 @@ class DispatchState:
             whole_s = known.capacity * done.block_size * known.rates.prefill_s
             self.returns.finished((done.group, done.node), done.chain, worker, freed, whole_s, now)
         return True
+
+    def measure(self, assignment: Assignment, computed_tokens: float, output_tokens: float, now: float) -> None:
+        """A call that has been released was answered with so many tokens."""
+        worker = self.workers[assignment.worker]
+        if worker.rates.finished(assignment.call.id, computed_tokens, output_tokens, now):
+            peers = self.serving(assignment.call.model)
+            busy, tokens = sum(w.rates.busy_s for w in peers), sum(w.rates.work for w in peers)
+            for peer in peers:
+                peer.rates.believe(busy / tokens)
 
     def begin(self, run: int) -> None:
         """A call of `run` was assigned."""

@@ -141,4 +141,4 @@ def _engine_seconds(services: Services, ticket: Ticket, prompt: int, output: int
     """What so many tokens cost, at the rates of the worker that computed the call, or of any of its model."""
     state = services.dispatcher.state
     worker = state.workers.get(ticket.worker or "") or next(iter(state.serving(ticket.request.model)), None)
-    return worker.rates.work(prompt, output) if worker is not None else 0.0
+    return worker.rates.seconds(prompt, output) if worker is not None else 0.0

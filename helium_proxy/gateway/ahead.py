@@ -249,7 +249,7 @@ class Ahead:
         least = max(1, settings.min_tokens // size)
         # A lone use is forgotten after its half-life.
         wanted = self._prefixes.used_on(worker.id, now, least_blocks=least, least_uses_s=0.5 / MEMORY_S)
-        pins = choose(busiest(wanted, 4 * budget), budget, known.rates.work(size, 0), least)
+        pins = choose(busiest(wanted, 4 * budget), budget, known.rates.seconds(size, 0), least)
         for name in site.pins.plan(pins, now):
             known.residency.unpin(name)
         site.used = {pin.name: site.used.get(pin.name, site.filled) for pin in pins}
