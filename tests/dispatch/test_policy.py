@@ -114,6 +114,23 @@ def test_an_overloaded_worker_loses_its_calls_to_an_idle_one() -> None:
     assert {a.worker for a in busy} == {"w0", "w1"}
 
 
+def test_a_worker_whose_batch_is_about_done_is_not_taken_to_be_busy() -> None:
+    """The answers of a batch come one after the other: a call whose prefix is there waits for it, though the other
+    worker is idle."""
+    state = fleet(2)
+    batch = ask(state, *(call(blocks(f"run{i}", 100)) for i in range(20)))
+    here = [a for a in batch if a.worker == batch[0].worker]
+    whole = state.workers[batch[0].worker].backlog_s(0.0)
+    for assignment in batch:
+        if assignment.worker != batch[0].worker:
+            finish(state, assignment)
+    (early,) = ask(state, call(blocks("next", 1, here[0].call.chain)))
+    assert early.worker != batch[0].worker
+    (late,) = ask(state, call(blocks("next", 2, here[1].call.chain)), now=0.95 * whole)
+    assert late.worker == batch[0].worker
+    assert late.cached_tokens == 100 * SIZE
+
+
 def test_only_workers_of_the_model_and_only_open_ones() -> None:
     state = fleet(3)
     state.workers["w0"].models = frozenset({"other"})
@@ -437,8 +454,8 @@ class Dispatching(RuleBasedStateMachine):
         assert sorted(running) == sorted(self.running)
         for worker in self.state.workers.values():
             assert len(worker.running) <= 6
-            assert worker.backlog_s >= 0
-            assert abs(worker.backlog_s - sum(a.work_s for a in worker.running.values())) < 1e-6
+            assert worker.backlog_s(1.0) >= 0
+            assert abs(worker.work - sum(a.work for a in worker.running.values())) < 1e-6
 
     def teardown(self) -> None:
         """Whatever happened, everything runs in the end."""

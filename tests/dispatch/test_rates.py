@@ -15,10 +15,9 @@ def run(rates: Rates, prefill_s: float, decode_s: float, calls: int, seed: int =
     now = 0.0
     for _ in range(calls):
         prompt, output = random_.randint(100, 4000), random_.randint(5, 400)
-        rates.started(now)
-        took = prompt * prefill_s + output * decode_s
-        now += took
-        rates.finished(prompt, output, took, now)
+        rates.started("c", prompt, output, now)
+        now += prompt * prefill_s + output * decode_s
+        rates.finished("c", prompt, output, now)
 
 
 @pytest.mark.parametrize("prefill", [1 / 2600, 1 / 20_000, 1 / 500])
@@ -27,12 +26,12 @@ def test_the_work_of_the_usual_mix_is_measured(prefill: float, weight: float) ->
     """Whatever a decoded token costs beside a prefilled one, calls like those seen are costed right."""
     rates = Rates()
     run(rates, prefill, weight * prefill, 300)
-    assert rates.work(2050, 202) == pytest.approx(2050 * prefill + 202 * weight * prefill, rel=0.15)
+    assert rates.seconds(2050, 202) == pytest.approx(2050 * prefill + 202 * weight * prefill, rel=0.15)
 
 
 def test_before_anything_is_measured_the_prior_holds() -> None:
     rates = Rates()
-    assert rates.work(8000, 0) == pytest.approx(8000 * PRIOR_PREFILL_S)
+    assert rates.seconds(8000, 0) == pytest.approx(8000 * PRIOR_PREFILL_S)
     assert rates.statistics().windows == 0
 
 
@@ -40,7 +39,7 @@ def test_a_change_of_speed_is_followed() -> None:
     rates = Rates()
     run(rates, 1 / 1000, 1 / 100, 200)
     run(rates, 1 / 4000, 1 / 400, 400)
-    assert rates.work(2050, 202) == pytest.approx(2050 / 4000 + 202 / 400, rel=0.15)
+    assert rates.seconds(2050, 202) == pytest.approx(2050 / 4000 + 202 / 400, rel=0.15)
 
 
 def test_costs_are_always_positive_and_abandoned_calls_do_no_harm() -> None:
@@ -48,14 +47,42 @@ def test_costs_are_always_positive_and_abandoned_calls_do_no_harm() -> None:
     random_ = random.Random(3)
     now = 0.0
     for _ in range(500):
-        rates.started(now)
+        rates.started("c", 1000, 10, now)
         now += random_.random()
         if random_.random() < 0.3:
-            rates.abandoned(now)
+            rates.abandoned("c", now)
         else:
-            rates.finished(random_.randint(0, 3000), random_.randint(0, 50), random_.random(), now)
-        assert rates.work(1, 0) > 0
-        assert rates.work(0, 1) > 0
-    rates.finished(10, 10, 1.0, now)
-    rates.abandoned(now)
-    assert rates.work(100, 10) > 0, "more ends than starts are survived"
+            rates.finished("c", random_.randint(0, 3000), random_.randint(0, 50), now)
+        assert rates.seconds(1, 0) > 0
+        assert rates.seconds(0, 1) > 0
+    rates.finished("c", 10, 10, now)
+    rates.abandoned("unheard of", now)
+    assert rates.seconds(100, 10) > 0, "more ends than starts are survived"
+
+
+def test_a_batch_is_measured_whole_when_its_first_call_ends() -> None:
+    """Ten calls of 1,000 tokens that end together after ten seconds, but whose answers come one by one."""
+    rates, seen = Rates(), []
+    for i in range(10):
+        rates.started(f"c{i}", 1000, 0, 0.0)
+    for i in range(10):
+        rates.finished(f"c{i}", 1000, 0, 10.0 + 0.1 * i)
+        seen.append(rates.seconds(1000, 0))
+    assert seen == pytest.approx([1.0] * 10, rel=0.15)
+
+
+def test_one_that_has_just_begun_counts_for_little() -> None:
+    rates = Rates()
+    rates.started("long", 1000, 0, 0.0)
+    rates.started("late", 1000, 0, 0.9)
+    assert rates.finished("long", 1000, 0, 1.0)
+    assert rates.seconds(1000, 0) == pytest.approx(1 / 1.1)
+
+
+def test_a_worker_of_which_little_is_known_is_taken_to_be_like_its_peers() -> None:
+    fresh, known = Rates(), Rates()
+    fresh.believe(1 / 500)
+    assert fresh.seconds(500, 0) == pytest.approx(1)
+    run(known, 1 / 2000, 4 / 2000, 300)
+    known.believe(1 / 500)
+    assert known.seconds(2000, 0) == pytest.approx(1, rel=0.25)
