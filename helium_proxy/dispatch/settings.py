@@ -20,7 +20,7 @@ class DispatchSettings(BaseModel):
     )
     admission: bool = Field(True, description="Hold calls back so that engines keep their own queues short.")
     kv_share: float = Field(
-        0.95,
+        0.97,
         gt=0,
         le=1,
         description="Share of a worker's KV that running calls may fill at their peak; the rest keeps prefixes.",
