@@ -21,13 +21,18 @@ from helium_proxy.workflow.graph import Call, Run
 from helium_proxy.workflow.infer import Link, ReplyIndex
 from helium_proxy.workflow.nodes import Identities
 from helium_proxy.workflow.prompt import Message, MessageCache, Prompt
+from helium_proxy.workflow.recall import Recall
 from helium_proxy.workflow.runs import Runs
 from helium_proxy.workflow.settings import WorkflowSettings
+from helium_proxy.workflow.skeleton import Rendered
 from helium_proxy.workflow.store import TemplateStore
 from helium_proxy.workflow.tags import Tags
 from helium_proxy.workflow.templates import Templates
 
 _log = logging.getLogger(__name__)
+
+CHAT_ROUTE = "/v1/chat/completions"
+"""The route whose prompts' makeup is learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,8 @@ class Workflows:
         self._runs = Runs(settings, self._templates)
         self._messages = MessageCache(settings.max_messages)
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
-        self._pending: dict[str, tuple[Message, ...]] = {}  # call in flight → its prompt
+        self._pending: dict[str, tuple[tuple[Message, ...], CallRequest]] = {}  # call in flight → its prompt
+        self._recall = Recall()
         self._bodies: OrderedDict[tuple[Any, ...], str] = OrderedDict()  # what a retry repeats → its first call
         self._conflicts: Counter[str] = Counter()  # by field, of which there are a fixed few
         self._ignored: Counter[str] = Counter()
@@ -164,7 +170,7 @@ class Workflows:
         self._runs.enter(call, read, now)
         self._join(call, read, links)
         forecast, siblings = self._learn(call, prompt, request, now)
-        self._pending[call.id] = prompt.messages
+        self._pending[call.id] = (prompt.messages, request)
         hints = fill(
             forecast,
             call,
@@ -279,7 +285,7 @@ class Workflows:
             _log.exception("the end of call %s was not recorded", call)
 
     def _finished(self, id_: str, outcome: Outcome, now: float) -> None:
-        messages = self._pending.pop(id_, ())
+        messages, request = self._pending.pop(id_, ((), None))
         call = self._runs.call(id_)
         if call is None or not call.live:
             return
@@ -303,6 +309,9 @@ class Workflows:
             template = self._templates.peek(run.template)
             if template is not None:
                 template.finish(call)
+                if request is not None and self.settings.lookahead and request.route == CHAT_ROUTE:
+                    reply = None if outcome.reply_tool_calls else outcome.reply_text
+                    self._recall.keep(call, request.body, reply, sum(message.chars for message in messages))
             if self.settings.inference:
                 self._tenant(run.tenant).replies.remember(
                     call, messages, outcome.reply_text, outcome.reply_tool_calls, now
@@ -323,6 +332,31 @@ class Workflows:
             self._counts["failures"] += 1
             _log.exception("no prediction after call %s", call)
             return []
+
+    def study(self, call: str) -> None:
+        """Learn what a finished call's prompt is made of: some time after `finished`, when nobody waits."""
+        found = self._runs.call(call)
+        template = None if found is None else self._templates.peek(found.run.template)
+        if found is None or template is None or found.state != "done":
+            return
+        try:
+            self._recall.learn(found, template)
+        except Exception:
+            self._counts["failures"] += 1
+            _log.exception("the prompt of call %s was not learned", call)
+
+    def rendered(self, call: str, prediction: Prediction) -> Rendered | None:
+        """The prompt of a call that is expected after `call`, as far as it is known now."""
+        found = self._runs.call(call)
+        template = None if found is None else self._templates.peek(found.run.template)
+        if found is None or template is None:
+            return None
+        try:
+            return self._recall.render(found, template, (prediction.node, prediction.iteration))
+        except Exception:
+            self._counts["failures"] += 1
+            _log.exception("no prompt of what follows call %s", call)
+            return None
 
     def remaining(self, run_id: str, now: float) -> dict[tuple[str, int], int]:
         """(node, iteration) → calls that a live run is still expected to make."""
