@@ -143,7 +143,8 @@ class Lookahead:
 
     async def _look(self, ended: Ended) -> None:
         settings, now = self._settings, self._clock()
-        self._workflows.study(ended.call)
+        if ended.source.route == _CHAT:
+            self._workflows.study(ended.call, ended.source.body, ended.reply)
         if self._state.queues.get(ended.source.model):
             return  # where calls wait, nothing is prefilled: a busy fleet does not pay for predictions
         for prediction in self._workflows.expected_next(ended.call, now):

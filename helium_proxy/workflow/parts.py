@@ -15,6 +15,9 @@ import orjson
 MIN_CHARS = 16
 """Shorter texts are too common to say where they came from."""
 MAX_MESSAGES = 256
+_MAX_FRAME = 16_384
+"""A message with more beside its texts (pictures) is not read."""
+_PROBE = 32
 _MAX_HITS = 8
 """Places at which one of them is noted in one text."""
 _FIELDS = (
@@ -65,6 +68,10 @@ class Texts(NamedTuple):
     """False where messages were left out."""
     extras: str
 
+    @property
+    def chars(self) -> int:
+        return sum(map(len, self.frames)) + sum(len(text) for slots in self.slots for text in slots)
+
 
 def read(body: Mapping[str, Any]) -> Texts | None:
     """The texts of a chat request; None for anything else."""
@@ -95,7 +102,7 @@ def _frame(message: Any) -> tuple[str, tuple[str, ...]] | None:
         blank = [{**item, "text": ""} if is_text(item) else item for item in content]
         frame, texts = {**message, "content": blank}, tuple(item["text"] for item in content if is_text(item))
     written = _json(frame)
-    if written is None or _json(texts) is None:
+    if written is None or len(written) > _MAX_FRAME or _json(texts) is None:
         return None
     return written, texts
 
@@ -132,12 +139,16 @@ def split(text: str, whole: Mapping[str, Ref], search: Sequence[tuple[str, Ref]]
         return (Part(text, ref),)
     hits: list[tuple[int, int, Ref]] = []
     for value, ref in search:
-        at, size = text.find(value), len(value)
+        begin, size = value[:_PROBE], len(value)  # looking for long texts costs more
+        at = text.find(begin)
         for _ in range(_MAX_HITS):
             if at < 0:
                 break
-            hits.append((at, -size, ref))
-            at = text.find(value, at + size)
+            if text.startswith(value, at):
+                hits.append((at, -size, ref))
+                at = text.find(begin, at + size)
+            else:
+                at = text.find(begin, at + 1)
     line, done = [], 0
     for at, size, ref in sorted(hits):
         if at < done:

@@ -17,28 +17,19 @@ _MAX_ANCESTORS = 64
 _FIRST = 16
 """Of a run's calls, that are looked at though they are no ancestors."""
 _MAX_ORDINAL = 64
-_UNREAD = object()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Said:
-    body: Mapping[str, Any]
+    texts: Texts | None
     reply: str | None
     chars: int
-    read_: Any = _UNREAD
-
-    @property
-    def texts(self) -> Texts | None:
-        if self.read_ is _UNREAD:
-            self.read_ = read(self.body)
-        made: Texts | None = self.read_
-        return made
 
 
 class Recall:
-    """Prompts and replies of the latest calls, bounded in calls and in characters; the oldest leave first."""
+    """Texts and replies of the latest calls, bounded in calls and in characters; the oldest leave first."""
 
-    def __init__(self, max_calls: int = 4_096, max_chars: int = 1 << 25) -> None:
+    def __init__(self, max_calls: int = 1_024, max_chars: int = 1 << 23) -> None:
         # Mutable state.
         self._said: OrderedDict[str, _Said] = OrderedDict()  # by call id
         self._chars = 0
@@ -51,27 +42,27 @@ class Recall:
     def __len__(self) -> int:
         return len(self._said)
 
-    def keep(self, call: Call, body: Mapping[str, Any], reply: str | None, chars: int) -> None:
-        """A call has ended. `chars`: of its prompt."""
-        if (before := self._said.pop(call.id, None)) is not None:
-            self._chars -= before.chars
-        size = chars + len(reply or "")
-        self._said[call.id] = _Said(body, reply, size)
-        self._chars += size
-        while self._chars > self._max_chars or len(self._said) > self._max_calls:
-            self._chars -= self._said.popitem(last=False)[1].chars
-
-    def learn(self, call: Call, template: Template) -> None:
-        """The prompt of a call that was kept, seen beside what its run had shown when it came."""
-        said, stats = self._said.get(call.id), template.nodes.get((call.base, call.iteration))
-        if said is None or stats is None:
+    def learn(self, call: Call, body: Mapping[str, Any], reply: str | None, template: Template) -> None:
+        """A call has ended: its prompt, seen beside what its run had shown when it came, and its reply."""
+        texts, stats = read(body), template.nodes.get((call.base, call.iteration))
+        self._keep(call.id, texts, reply)
+        if stats is None or texts is None:
             return
         if stats.skeleton is None:
             stats.skeleton = Skeleton()
-        if not stats.skeleton.due:
-            stats.skeleton.skip()
-        elif (texts := said.texts) is not None:
+        if stats.skeleton.due:
             stats.skeleton.learn(call.run.id, texts, self._known(call, template))
+        else:
+            stats.skeleton.skip()
+
+    def _keep(self, call: str, texts: Texts | None, reply: str | None) -> None:
+        if (before := self._said.pop(call, None)) is not None:
+            self._chars -= before.chars
+        size = len(reply or "") + (0 if texts is None else texts.chars)
+        self._said[call] = _Said(texts, reply, size)
+        self._chars += size
+        while self._chars > self._max_chars or len(self._said) > self._max_calls:
+            self._chars -= self._said.popitem(last=False)[1].chars
 
     def _known(self, call: Call, template: Template) -> Known:
         ancestors = _ancestors(call)

@@ -261,7 +261,10 @@ def _observe(run: str, texts: Texts, known: Known) -> _Generation:
 def _fill(rendered: Rendered, message: _Message, resolve: Callable[[Ref], str | None]) -> bool:
     """Adds what is known of `message`; False where something is missing."""
     frame = _value(message.frame, resolve)
-    made = None if frame is None else orjson.loads(frame)
+    try:
+        made = None if frame is None else orjson.loads(frame)
+    except ValueError:  # of a store that somebody has changed
+        return False
     if not isinstance(made, dict):
         return False
     content = made.get("content")

@@ -31,9 +31,6 @@ from helium_proxy.workflow.templates import Templates
 
 _log = logging.getLogger(__name__)
 
-CHAT_ROUTE = "/v1/chat/completions"
-"""The route whose prompts' makeup is learned."""
-
 
 @dataclass(frozen=True, slots=True)
 class RunEnd:
@@ -103,7 +100,7 @@ class Workflows:
         self._runs = Runs(settings, self._templates)
         self._messages = MessageCache(settings.max_messages)
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
-        self._pending: dict[str, tuple[tuple[Message, ...], CallRequest]] = {}  # call in flight → its prompt
+        self._pending: dict[str, tuple[Message, ...]] = {}  # call in flight → its prompt
         self._recall = Recall()
         self._bodies: OrderedDict[tuple[Any, ...], str] = OrderedDict()  # what a retry repeats → its first call
         self._conflicts: Counter[str] = Counter()  # by field, of which there are a fixed few
@@ -170,7 +167,7 @@ class Workflows:
         self._runs.enter(call, read, now)
         self._join(call, read, links)
         forecast, siblings = self._learn(call, prompt, request, now)
-        self._pending[call.id] = (prompt.messages, request)
+        self._pending[call.id] = prompt.messages
         hints = fill(
             forecast,
             call,
@@ -285,7 +282,7 @@ class Workflows:
             _log.exception("the end of call %s was not recorded", call)
 
     def _finished(self, id_: str, outcome: Outcome, now: float) -> None:
-        messages, request = self._pending.pop(id_, ((), None))
+        messages = self._pending.pop(id_, ())
         call = self._runs.call(id_)
         if call is None or not call.live:
             return
@@ -309,9 +306,6 @@ class Workflows:
             template = self._templates.peek(run.template)
             if template is not None:
                 template.finish(call)
-                if request is not None and self.settings.lookahead and request.route == CHAT_ROUTE:
-                    reply = None if outcome.reply_tool_calls else outcome.reply_text
-                    self._recall.keep(call, request.body, reply, sum(message.chars for message in messages))
             if self.settings.inference:
                 self._tenant(run.tenant).replies.remember(
                     call, messages, outcome.reply_text, outcome.reply_tool_calls, now
@@ -333,14 +327,14 @@ class Workflows:
             _log.exception("no prediction after call %s", call)
             return []
 
-    def study(self, call: str) -> None:
-        """Learn what a finished call's prompt is made of: some time after `finished`, when nobody waits."""
+    def study(self, call: str, body: Mapping[str, Any], reply: str | None) -> None:
+        """Learn what a finished chat call's prompt is made of: some time after `finished`, when nobody waits."""
         found = self._runs.call(call)
         template = None if found is None else self._templates.peek(found.run.template)
-        if found is None or template is None or found.state != "done":
+        if not self.settings.lookahead or found is None or template is None or found.state != "done":
             return
         try:
-            self._recall.learn(found, template)
+            self._recall.learn(found, body, reply, template)
         except Exception:
             self._counts["failures"] += 1
             _log.exception("the prompt of call %s was not learned", call)

@@ -235,6 +235,7 @@ def test_learning_is_linear_and_quick() -> None:
         {"messages": [{"role": "user", "content": "\ud800"}]},
         {"messages": [{"role": "user", "content": "x", "big": 1 << 80}]},
         {"messages": [{1: 2}], "tools": "none"},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x" * 20_000}}]}]},
         {"messages": [{"role": "user", "content": "x"}], "tools": [1 << 80]},
     ],
 )
@@ -286,10 +287,10 @@ def chain(driver: Driver, run: str, seed: int, *, tagged: bool, upto: int = 9) -
     topic = user(f"Topic {text(seed + 300)} {seed}")
     first = driver.call([system("You are the writer of poems."), topic], draft, **tags("writer"))
     second = [system("You are the critic of poems."), topic, user(f"The poem:\n{draft}\n\nCriticise it.")]
+    driver.workflows.study(first.call, {"messages": [system("You are the writer of poems."), topic]}, draft)
     if upto > 1:
-        driver.workflows.study(first.call)
         call = driver.call(second, text(seed + 900), **tags("critic", parents=["writer"]))
-        driver.workflows.study(call.call)
+        driver.workflows.study(call.call, {"messages": second}, text(seed + 900))
         driver.workflows.end_run("t", call.run)
     return first.call, second
 
