@@ -16,28 +16,23 @@ Nothing here may cost an answer: every entry point swallows its own failures.
 from __future__ import annotations
 
 import asyncio
-from array import array
-from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import structlog
 
 from helium_proxy import metrics
 from helium_proxy.config import DirectiveSettings
 from helium_proxy.dispatch.state import DispatchState, QueuedCall, WorkerState
+from helium_proxy.gateway.lookahead import Ended, Lookahead
 from helium_proxy.gateway.prewarm import Prewarmer, Source, report_of, transfer
-from helium_proxy.residency.chain import token_chain
-from helium_proxy.residency.directives import MEMORY_S, Key, Pin, PinBook, Prefixes, busiest, choose, name_of
-from helium_proxy.residency.index import Chain
-from helium_proxy.residency.kv_book import salt_of
+from helium_proxy.gateway.sites import Site, Sites, begins
+from helium_proxy.residency.directives import MEMORY_S, Key, Pin, Prefix, Prefixes, busiest, choose, name_of
 from helium_proxy.residency.registry import Tokenizers
 from helium_proxy.workers.pool import Pool
 from helium_proxy.workers.upstream import UpstreamClient
 from helium_proxy.workers.worker import Worker
-from helium_proxy.workflow import Prediction, Workflows
+from helium_proxy.workflow import Workflows
 
 log = structlog.get_logger(__name__)
 
@@ -45,52 +40,11 @@ _TICK_S = 1.0
 _TOUCH = 0.4
 """Of a worker's blocks: once so many were filled since a prefix was last used there, it may be next to go."""
 _SOURCE_TOKENS = 65_536
-_MAX_ENDED = 256
-_MAX_AWAITED = 256
 _TENDED = 8
 """Workers whose pins are planned in one tick: in a larger fleet they take turns."""
 
 
-class Ended(msgspec.Struct, frozen=True):
-    """A call that has been answered."""
-
-    call: str
-    template: str
-    worker: str | None
-    source: Source
-    reply: str | None
-
-
-@dataclass(slots=True)
-class _Prewarm:
-    """One that is under way."""
-
-    task: asyncio.Task[None]
-    chain: Chain
-
-
-@dataclass(slots=True)
-class _Awaited:
-    """A prefilled prefix whose call is still to come."""
-
-    worker: str
-    blocks: int
-    until: float
-
-
-@dataclass(slots=True)
-class _Site:
-    """One worker as seen from here."""
-
-    pins: PinBook
-    epoch: int
-    filled: int = 0
-    """Blocks that calls have filled there."""
-    used: dict[str, int] = field(default_factory=dict)
-    """prefix → `filled` when it was last used; the planned ones."""
-    resident: set[str] = field(default_factory=set)
-    """Planned prefixes that were resident at the last look."""
-    prewarm: _Prewarm | None = None
+__all__ = ["Ahead", "Ended"]
 
 
 class Ahead:
@@ -111,20 +65,30 @@ class Ahead:
         self._pool = pool
         self._state = state
         self._prewarmer = Prewarmer(client, state, tokenizers)
-        self._workflows = workflows
         self._clock = clock
         self._enabled = settings.pins or settings.prewarm or settings.lookahead
         # -- state
         self._prefixes = Prefixes()
-        self._sites: dict[str, _Site] = {}
         self._asked: dict[str, str] = {}  # call under way → the pin its directive names
-        self._ended: deque[Ended] = deque(maxlen=_MAX_ENDED)  # calls whose successors are to be looked up
         self._wake = asyncio.Event()
         self._turn = 0  # of the workers, whose pins are planned next
-        self._awaited: OrderedDict[int, _Awaited] = OrderedDict()  # last block of a prefilled prefix → what it is for
+        self._sites = Sites(settings, state, self._wake.set)
+        self._lookahead = Lookahead(
+            settings,
+            pool,
+            state,
+            self._prewarmer,
+            workflows,
+            self._sites,
+            self._static,
+            clock=clock,
+        )
+
+    def _static(self, key: Key) -> Prefix | None:
+        return self._prefixes.static(key)
 
     def __repr__(self) -> str:
-        return f"<Ahead {self._prefixes!r}, {len(self._awaited)} awaited>"
+        return f"<Ahead {self._prefixes!r}, {self._lookahead!r}>"
 
     # -- what calls tell
 
@@ -141,10 +105,10 @@ class Ahead:
 
     def _sent(self, call: QueuedCall, key: Key, run: str, source: Source, worker: Worker) -> dict[str, Any] | None:
         now, chain = self._clock(), call.chain
-        site = self._site(worker)
-        if site.prewarm is not None and not _begins(chain, site.prewarm.chain):
+        site = self._sites.of(worker)
+        if site.prewarm is not None and not begins(chain, site.prewarm.chain):
             site.prewarm.task.cancel()
-        self._meet(chain, worker.id)
+        self._lookahead.sent(chain, worker.id)
         if not chain:
             return None
         if not call.exact:  # chains of text and of tokens have nothing in common
@@ -156,7 +120,7 @@ class Ahead:
             site.filled += len(chain) - call.hits.get(worker.id, (0, 0))[1] + known.anonymous_blocks(call)
         name = name_of(key)
         pin = site.pins.planned.get(name)
-        if pin is None or not _begins(chain, pin.chain):
+        if pin is None or not begins(chain, pin.chain):
             return None
         site.used[name] = site.filled
         if not (self._settings.pins and worker.facts.has_plugin):
@@ -185,11 +149,7 @@ class Ahead:
 
     def ended(self, ended: Ended) -> None:
         """A call has been answered, by whatever means: what follows it is looked up in a moment."""
-        if not self._settings.lookahead:
-            return
-        # Where no worker idles, nothing can be prefilled: a busy fleet does not pay for predictions.
-        if any(len(w.running) <= self._settings.busy_calls for w in self._state.serving(ended.source.model)):
-            self._ended.append(ended)
+        if self._lookahead.ended(ended):
             self._wake.set()
 
     # -- the loop
@@ -208,8 +168,7 @@ class Ahead:
                     pass
                 self._wake.clear()
                 try:
-                    while self._ended:
-                        await self._look_ahead(self._ended.popleft())
+                    await self._lookahead.work()
                     if self._clock() >= due:
                         due = self._clock() + _TICK_S
                         self._tick()
@@ -217,19 +176,12 @@ class Ahead:
                     log.exception("working ahead failed")
                     metrics.FAIL_OPEN.labels("directives").inc()
         finally:
-            tasks = [site.prewarm.task for site in self._sites.values() if site.prewarm is not None]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._sites.close()
 
     def _tick(self) -> None:
         now = self._clock()
-        while self._awaited and (oldest := next(iter(self._awaited.values()))).until <= now:
-            self._awaited.popitem(last=False)
-            metrics.LOOKAHEAD.labels("wasted").inc()
-            log.debug("prewarmed in vain", worker=oldest.worker)
-        for gone in self._sites.keys() - {w.id for w in self._pool}:
-            del self._sites[gone]
+        self._lookahead.tick(now)
+        self._sites.keep({w.id for w in self._pool})
         if self._settings.pins:
             workers = self._pool.all()
             for worker in [workers[(self._turn + i) % len(workers)] for i in range(min(_TENDED, len(workers)))]:
@@ -239,7 +191,7 @@ class Ahead:
 
     def _tend(self, worker: Worker, known: WorkerState, now: float) -> None:
         """Plans a worker's pins anew, and sends what is due if it is idle."""
-        settings, site = self._settings, self._site(worker)
+        settings, site = self._settings, self._sites.of(worker)
         size = known.block_size
         if not size or not known.capacity:
             return
@@ -254,7 +206,7 @@ class Ahead:
             known.residency.unpin(name)
         site.used = {pin.name: site.used.get(pin.name, site.filled) for pin in pins}
         self._count_losses(site, worker, known)
-        if not self._idle(worker, known) or site.prewarm is not None:
+        if not self._sites.idle(worker, known) or site.prewarm is not None:
             return
         renewals, surplus = site.pins.renewals(now), site.pins.surplus()
         if worker.facts.has_plugin and renewals:
@@ -264,14 +216,14 @@ class Ahead:
         elif settings.prewarm:
             self._touch(site, worker, known.capacity, size, now)
 
-    def _count_losses(self, site: _Site, worker: Worker, known: WorkerState) -> None:
+    def _count_losses(self, site: Site, worker: Worker, known: WorkerState) -> None:
         whole = {n for n, pin in site.pins.planned.items() if known.residency.match(pin.chain) == len(pin.chain)}
         lost = (site.resident & site.pins.planned.keys()) - whole
         if lost:
             metrics.PREFIXES_LOST.labels(worker.id).inc(len(lost))
         site.resident = whole
 
-    def _touch(self, site: _Site, worker: Worker, capacity: int, size: int, now: float) -> None:
+    def _touch(self, site: Site, worker: Worker, capacity: int, size: int, now: float) -> None:
         """Prefills the worthiest prefix that has been lost, or is about to be."""
         for name, pin in site.pins.planned.items():
             pinned = site.pins.held(name)
@@ -284,89 +236,15 @@ class Ahead:
                 if directive is None:
                     continue
             site.used[name] = site.filled
-            self._start(site, worker, pin.chain, self._keep(site, worker, pin, directive))
+            self._sites.start(site, worker, pin.chain, self._keep(site, worker, pin, directive))
             return
 
-    def _tell(self, site: _Site, worker: Worker, verb: str, name: str) -> None:
-        self._start(site, worker, (), self._say(site, worker, verb, name))
-
-    # -- lookahead
-
-    async def _look_ahead(self, ended: Ended) -> None:
-        settings, now = self._settings, self._clock()
-        for prediction in self._workflows.expected_next(ended.call, now):
-            if prediction.probability < settings.min_probability or prediction.think_s < settings.min_think_s:
-                continue
-            known = await self._known_prefix(ended, prediction)
-            if known is None:
-                continue
-            chain, source, tokens = known
-            if len(chain) * source.block_size < settings.min_tokens:
-                continue
-            self._prefill(ended, prediction, chain, source, tokens)
-
-    async def _known_prefix(
-        self, ended: Ended, prediction: Prediction
-    ) -> tuple[Chain, Source, array[int] | None] | None:
-        """What is known of the next call's prompt: the conversation so far where it goes on, else its static part."""
-        source = ended.source
-        if prediction.extends and ended.reply and source.route == "/v1/chat/completions":
-            messages = [*source.body["messages"], {"role": "assistant", "content": ended.reply}]
-            body = {**source.body, "messages": messages, "add_generation_prompt": False}
-            tokens = await self._prewarmer.tokens(source, body)
-            if tokens is not None:
-                size = source.block_size
-                return token_chain(tokens, size, salt_of(source.model, source.salt)), source, tokens
-        prefix = self._prefixes.static((ended.template, prediction.node, source.model))
-        if prefix is None or not isinstance(prefix.source, Source):
-            return None
-        return prefix.chain, prefix.source, None
-
-    def _prefill(
-        self, ended: Ended, prediction: Prediction, chain: Chain, source: Source, tokens: array[int] | None
-    ) -> None:
-        workers = [w for w in self._state.serving(source.model) if w.open]
-        if not workers or chain[-1] in self._awaited:
-            return
-        known = max(workers, key=lambda w: (w.residency.match(chain), w.id == ended.worker))
-        worker = self._pool.get(known.id)
-        if worker is None or known.residency.match(chain) == len(chain):
-            return  # nothing is left to do
-        site = self._site(worker)
-        if site.prewarm is not None or not self._idle(worker, known):
-            metrics.LOOKAHEAD.labels("skipped").inc()
-            return
-        until = self._clock() + max(10.0, 4 * prediction.think_s)
-        self._awaited[chain[-1]] = _Awaited(known.id, len(chain), until)
-        while len(self._awaited) > _MAX_AWAITED:
-            self._awaited.popitem(last=False)
-            metrics.LOOKAHEAD.labels("wasted").inc()
-        self._start(site, worker, chain, self._prewarmer.ask(worker, chain, source, tokens, "lookahead"))
-
-    def _meet(self, chain: Chain, worker: str) -> None:
-        """Whether a call begins with a prefix that was prefilled for it."""
-        if not self._awaited:
-            return
-        for blocks in {a.blocks for a in self._awaited.values()}:
-            if len(chain) >= blocks and (awaited := self._awaited.pop(chain[blocks - 1], None)) is not None:
-                metrics.LOOKAHEAD.labels("used" if awaited.worker == worker else "wasted").inc()
+    def _tell(self, site: Site, worker: Worker, verb: str, name: str) -> None:
+        self._sites.start(site, worker, (), self._say(site, worker, verb, name))
 
     # -- talking to workers
 
-    def _start(self, site: _Site, worker: Worker, chain: Chain, work: Any) -> None:
-        """One prewarm a worker at a time."""
-        task = asyncio.create_task(work, name=f"prewarm {worker.id}")
-        site.prewarm = prewarm = _Prewarm(task, chain)
-
-        def over(_: asyncio.Task[None]) -> None:
-            if site.prewarm is prewarm:
-                site.prewarm = None
-            if not task.cancelled() and (error := task.exception()) is not None:
-                log.warning("prewarm failed", worker=worker.id, error=repr(error))
-
-        task.add_done_callback(over)
-
-    async def _keep(self, site: _Site, worker: Worker, pin: Pin, directive: dict[str, Any] | None) -> None:
+    async def _keep(self, site: Site, worker: Worker, pin: Pin, directive: dict[str, Any] | None) -> None:
         """Prefills a static prefix, and pins it where that can be."""
         try:
             report = await self._prewarmer.ask(worker, pin.chain, pin.source, None, "static", directive)
@@ -382,7 +260,7 @@ class Ahead:
             self._pinned(site, worker.id, pin.name)
             metrics.DIRECTIVES.labels("pin", "ok").inc()
 
-    async def _say(self, site: _Site, worker: Worker, verb: str, name: str) -> None:
+    async def _say(self, site: Site, worker: Worker, verb: str, name: str) -> None:
         """Renews or gives back a pin, by a call of one token."""
         directive: dict[str, Any] = {verb: name}
         if verb == "renew":
@@ -402,29 +280,8 @@ class Ahead:
 
     # -- helpers
 
-    def _site(self, worker: Worker) -> _Site:
-        site = self._sites.get(worker.id)
-        if site is None:
-            site = self._sites[worker.id] = _Site(PinBook(self._settings.pin_ttl_s), worker.epoch)
-        elif site.epoch != worker.epoch:  # its mirror has been cleared by the dispatcher
-            site.epoch = worker.epoch
-            site.pins.clear()
-            site.resident.clear()
-        return site
-
-    def _pinned(self, site: _Site, worker: str, name: str) -> None:
+    def _pinned(self, site: Site, worker: str, name: str) -> None:
         chain, known = site.pins.obeyed(name), self._state.workers.get(worker)
         if chain is not None and known is not None:
             known.residency.pin(name, chain)
             known.version += 1
-
-    def _idle(self, worker: Worker, known: WorkerState) -> bool:
-        """Whether work ahead of need would delay nobody."""
-        if not known.open or len(known.running) > self._settings.busy_calls or worker.facts.waiting:
-            return False
-        return not any(self._state.queues.get(model) for model in known.models)
-
-
-def _begins(chain: Chain, prefix: Chain) -> bool:
-    """Whether `chain` begins with `prefix`: a block's hash covers everything before it."""
-    return len(chain) >= len(prefix) and (not prefix or chain[len(prefix) - 1] == prefix[-1])

@@ -181,6 +181,7 @@ class _Exchange:
         ticket.started_at = now
         worker.breaker.sent(now)
         worker.inflight += 1
+        worker.sent += 1
         try:
             self._tell_started(now)
             upstream = self._upstream = await services.client.send(

@@ -109,6 +109,7 @@ class Passing:
         services = self._services
         for left, worker in zip(range(len(workers) - 1, -1, -1), workers, strict=True):
             worker.inflight += 1
+            worker.sent += 1
             try:
                 sent = sent_headers(raw.headers)
                 upstream = await services.client.send(

@@ -93,6 +93,8 @@ class Prewarmer:
         body |= {"max_tokens": 1, "temperature": 0}
         if worker.facts.has_priority:
             body["priority"] = _LAST
+        worker.ahead += 1
+        worker.sent += 1
         try:
             upstream = await self._client.send(
                 worker,
@@ -110,6 +112,8 @@ class Prewarmer:
         except (SendFailed, ValueError) as error:
             log.info("prewarm failed", worker=worker.id, error=str(error))
             return None
+        finally:
+            worker.ahead -= 1
         return answer if isinstance(answer, dict) else None
 
     async def tokens(self, source: Source, body: Mapping[str, Any]) -> array[int] | None:

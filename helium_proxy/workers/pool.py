@@ -197,6 +197,7 @@ class Pool:
         return models_due
 
     async def _learn_metrics(self, worker: Worker) -> None:
+        ours, sent = worker.inflight + worker.ahead, worker.sent
         try:
             status, text = await self._get(worker, "/metrics")
         except SendFailed:
@@ -205,6 +206,8 @@ class Pool:
             return
         before = worker.facts
         worker.facts = after = read_metrics(before, text, worker.spec)
+        # Calls that wait while none runs are merely on their way in.
+        worker.foreign_waiting = max(0, after.waiting - ours - (worker.sent - sent)) if after.running else 0
         restarted = after.prompt_tokens < before.prompt_tokens
         worker.epoch += restarted
         if restarted or _differs(before, after):

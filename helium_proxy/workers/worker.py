@@ -71,6 +71,12 @@ class Worker:
     epoch: int = 0
     """Increases whenever the engine has (or may have) lost its KV cache: it came back from being down."""
     inflight: int = 0
+    ahead: int = 0
+    """Prewarms it is at; they are not among those in flight."""
+    sent: int = 0
+    """Calls and prewarms ever sent to it."""
+    foreign_waiting: int = 0
+    """Calls that waited in the engine when it was last asked, and cannot have been ours."""
     failed_checks: int = 0
     last_error: str | None = None
     breaker: Breaker = field(init=False)

@@ -6,6 +6,7 @@
 from helium_proxy.workflow.forecast import Prediction
 from helium_proxy.workflow.reply import Reply, StreamedReply, reply_of
 from helium_proxy.workflow.settings import WorkflowSettings
+from helium_proxy.workflow.skeleton import Rendered
 from helium_proxy.workflow.store import MemoryTemplateStore, SqliteTemplateStore, TemplateStore
 from helium_proxy.workflow.tags import strip_headers, strip_tags
 from helium_proxy.workflow.tracker import RunEnd, Workflows, WorkflowStatistics
@@ -13,6 +14,7 @@ from helium_proxy.workflow.tracker import RunEnd, Workflows, WorkflowStatistics
 __all__ = [
     "MemoryTemplateStore",
     "Prediction",
+    "Rendered",
     "Reply",
     "RunEnd",
     "SqliteTemplateStore",

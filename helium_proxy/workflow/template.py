@@ -17,6 +17,7 @@ import orjson
 
 from helium_proxy.workflow.graph import Call, Run
 from helium_proxy.workflow.prompt import Prompt
+from helium_proxy.workflow.skeleton import Skeleton
 
 Key = tuple[str, int]
 """(base node name, iteration)."""
@@ -108,6 +109,8 @@ class NodeStats:
     """Of the prompt's characters, in the latest call."""
     static_runs: int = 0
     last_run: str = ""
+    skeleton: Skeleton | None = None
+    """What its prompts are made of."""
 
     @property
     def static_messages(self) -> int:
@@ -341,6 +344,7 @@ def _dump_node(stats: NodeStats) -> dict[str, Any]:
         "groups": [[list(group), count] for group, count in stats.groups.items()],
         "static": [stats.static_raw, stats.static_share, stats.static_runs, stats.static_body],
         "static_digests": stats.static,
+        "skeleton": None if stats.skeleton is None else stats.skeleton.dump(),
         "edges": [
             [
                 child,
@@ -376,6 +380,7 @@ def _load_node(item: Mapping[str, Any]) -> NodeStats:
         static_share=share,
         static_runs=runs,
         static_body=body,
+        skeleton=Skeleton.load(skeleton) if (skeleton := item.get("skeleton")) is not None else None,
         edges={
             (child[0], child[1]): EdgeStats(
                 closed=closed,

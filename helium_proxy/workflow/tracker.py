@@ -21,8 +21,10 @@ from helium_proxy.workflow.graph import Call, Run
 from helium_proxy.workflow.infer import Link, ReplyIndex
 from helium_proxy.workflow.nodes import Identities
 from helium_proxy.workflow.prompt import Message, MessageCache, Prompt
+from helium_proxy.workflow.recall import Recall
 from helium_proxy.workflow.runs import Runs
 from helium_proxy.workflow.settings import WorkflowSettings
+from helium_proxy.workflow.skeleton import Rendered
 from helium_proxy.workflow.store import TemplateStore
 from helium_proxy.workflow.tags import Tags
 from helium_proxy.workflow.templates import Templates
@@ -99,6 +101,7 @@ class Workflows:
         self._messages = MessageCache(settings.max_messages)
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
         self._pending: dict[str, tuple[Message, ...]] = {}  # call in flight → its prompt
+        self._recall = Recall()
         self._bodies: OrderedDict[tuple[Any, ...], str] = OrderedDict()  # what a retry repeats → its first call
         self._conflicts: Counter[str] = Counter()  # by field, of which there are a fixed few
         self._ignored: Counter[str] = Counter()
@@ -323,6 +326,31 @@ class Workflows:
             self._counts["failures"] += 1
             _log.exception("no prediction after call %s", call)
             return []
+
+    def study(self, call: str, body: Mapping[str, Any], reply: str | None) -> None:
+        """Learn what a finished chat call's prompt is made of: some time after `finished`, when nobody waits."""
+        found = self._runs.call(call)
+        template = None if found is None else self._templates.peek(found.run.template)
+        if not self.settings.lookahead or found is None or template is None or found.state != "done":
+            return
+        try:
+            self._recall.learn(found, body, reply, template)
+        except Exception:
+            self._counts["failures"] += 1
+            _log.exception("the prompt of call %s was not learned", call)
+
+    def rendered(self, call: str, prediction: Prediction) -> Rendered | None:
+        """The prompt of a call that is expected after `call`, as far as it is known now."""
+        found = self._runs.call(call)
+        template = None if found is None else self._templates.peek(found.run.template)
+        if found is None or template is None:
+            return None
+        try:
+            return self._recall.render(found, template, (prediction.node, prediction.iteration))
+        except Exception:
+            self._counts["failures"] += 1
+            _log.exception("no prompt of what follows call %s", call)
+            return None
 
     def remaining(self, run_id: str, now: float) -> dict[tuple[str, int], int]:
         """(node, iteration) → calls that a live run is still expected to make."""

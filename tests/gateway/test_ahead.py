@@ -186,7 +186,7 @@ async def batch(proxy: Proxy, seed: int, runs: int = 3, **fields: Any) -> list[i
 
 async def planned(proxy: Proxy) -> None:
     ahead = proxy.services.ahead
-    await until(lambda: all(site.pins.planned for site in ahead._sites.values()) and ahead._sites, what="a plan")
+    await until(lambda: all(site.pins.planned for site in ahead._sites) and len(ahead._sites), what="a plan")
 
 
 @pytest.mark.parametrize("pins", [True, False])
@@ -253,7 +253,8 @@ async def test_pins_are_renewed_on_idle_capacity_and_given_back_when_cold(stack:
     await planned(proxy)
     renewed = metrics.DIRECTIVES.labels("renew", "ok")._value.get()
     await batch(proxy, 2000)
-    site = proxy.services.ahead._sites[worker.id]
+    site = proxy.services.ahead._sites.get(worker.id)
+    assert site is not None
     await until(lambda: metrics.DIRECTIVES.labels("renew", "ok")._value.get() > renewed, within=6)
     await until(lambda: worker.facts.pinned_blocks)
     proxy.services.ahead._prefixes = Prefixes()
@@ -308,6 +309,84 @@ async def test_the_next_call_s_prefix_is_there_when_it_comes(stack: Stack, looka
     assert proxy.services.workflows.statistics().calls == calls + 2, "a prewarm is no call"
 
 
+async def test_a_count_of_waiting_calls_that_may_have_been_ours_stops_nothing(stack: Stack) -> None:
+    engine = await stack.engine(num_blocks=256, max_model_len=2048)
+    proxy = await stack.proxy(engine, reuse=NO_REUSE)
+    (worker,) = proxy.services.pool.all()
+    known = proxy.services.dispatcher.state.workers[worker.id]
+    worker.facts = replace(worker.facts, waiting=1)  # read while a call of ours was on its way in
+    assert proxy.services.ahead._sites.idle(worker, known)
+    worker.foreign_waiting = 1
+    assert not proxy.services.ahead._sites.idle(worker, known)
+
+
+# -- lookahead through what a prompt is made of
+
+DEBATERS = ("proposer", "opponent")
+
+
+async def debate(proxy: Proxy, run: str, seed: int, think_s: float, changed: str = "") -> list[tuple[int, int]]:
+    """Two rounds; of the second one's calls how many tokens were cached, and how many there were."""
+    opening = f"The question of this debate:\n{words(60, seed)}"
+
+    async def ask(node: str, messages: list[dict[str, str]], parents: list[str]) -> tuple[str, int, int]:
+        helium = {"workflow": "debate", "node": node, "run": run, "parents": parents}
+        asked = {"model": "demo", "messages": messages, "max_tokens": 96, "ignore_eos": True, "temperature": 0}
+        response = await proxy.client.post(CHAT, json={**asked, "helium": helium})
+        assert response.status_code == 200, response.text
+        answer, usage = response.json(), response.json()["usage"]
+        text = answer["choices"][0]["message"]["content"]
+        return text, usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+
+    def start(name: str) -> list[dict[str, str]]:
+        return [{"role": "system", "content": f"You are the {name}."}, {"role": "user", "content": opening}]
+
+    first = await asyncio.gather(*(ask(f"{name}_1", start(name), []) for name in DEBATERS))
+    await asyncio.sleep(think_s)
+    out = []
+    for at, name in enumerate(DEBATERS):
+        other = DEBATERS[1 - at]
+        said = f"The {other} said:\n{changed or first[1 - at][0]}\n\nAnswer them."
+        messages = [*start(name), {"role": "assistant", "content": first[at][0]}, {"role": "user", "content": said}]
+        _, found, total = await ask(f"{name}_2", messages, [f"{name}_1" for name in DEBATERS])
+        out.append((found, total))
+    await proxy.client.delete(f"/helium/runs/{run}")
+    return out
+
+
+async def debating(stack: Stack, **directives: Any) -> Proxy:
+    engine = await stack.engine(num_blocks=1024, max_model_len=2048)
+    settings = {"pins": False, "prewarm": False, "min_think_s": 0.05, "min_tokens": 64, **directives}
+    proxy = await stack.proxy(engine, reuse=NO_REUSE, directives=settings)
+    await until(lambda: proxy.services.tokenizers.get("demo"))
+    for seed in range(3):
+        await debate(proxy, f"learn-{seed}", seed, 0.1)
+    return proxy
+
+
+async def test_replies_that_go_into_other_prompts_are_there_before_them(stack: Stack) -> None:
+    proxy = await debating(stack)
+    for found, total in await debate(proxy, "after", 77, 0.6):
+        assert found == (total - 1) // 16 * 16, "all but the last block"
+
+
+async def test_without_lookahead_replies_in_other_prompts_are_computed(stack: Stack) -> None:
+    proxy = await debating(stack, lookahead=False)
+    for found, total in await debate(proxy, "after", 77, 0.6):
+        assert found < total - 96
+
+
+async def test_a_prompt_made_otherwise_than_predicted_loses_nothing(stack: Stack) -> None:
+    proxy = await debating(stack)
+    wasted = metrics.LOOKAHEAD.labels("wasted")._value.get()
+    for found, total in await debate(proxy, "after", 77, 0.6, changed=words(80, 5)):
+        assert 96 < found < total - 96, "the conversation so far"
+    ahead = proxy.services.ahead._lookahead
+    ahead.tick(proxy.services.clock() + 1000)
+    assert metrics.LOOKAHEAD.labels("wasted")._value.get() == wasted + 2
+    assert not ahead._awaited
+
+
 async def test_a_prewarm_gives_way_to_a_real_call(stack: Stack) -> None:
     gone = asyncio.Event()
 
@@ -345,7 +424,12 @@ async def test_a_prewarm_gives_way_to_a_real_call(stack: Stack) -> None:
     skipped = metrics.LOOKAHEAD.labels("skipped")._value.get()
     await proxy.chat("something else")
     await asyncio.wait_for(gone.wait(), 5)
-    assert known.residency.used == 0
+
+    async def forgotten() -> bool:  # it begins anew as long as the client may still think, and gives way again
+        await proxy.chat("something else")
+        return known.residency.used == 0
+
+    await until(forgotten)
     assert metrics.LOOKAHEAD.labels("skipped")._value.get() >= skipped
 
 
@@ -355,7 +439,7 @@ async def test_passthrough_sends_nothing_ahead(stack: Stack) -> None:
     for i in range(3):
         await two_steps(proxy, f"r{i}", 0.05)
     proxy.services.ahead._tick()
-    assert not proxy.services.ahead._sites
+    assert not len(proxy.services.ahead._sites)
     assert not len(proxy.services.ahead._prefixes)
 
 
