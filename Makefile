@@ -41,7 +41,7 @@ check: $(ENV) ## lint and check types
 format: $(ENV) ## format the code
 	$(BIN)/ruff format
 
-bench: $(ENV) ## measure everything against the peers and write docs/benchmarks.md (hours)
+bench: $(ENV) ## measure everything against the peers and write docs/benchmarks.md (half an hour)
 	$(BIN)/python -m benchmarks.build_peers
 	$(BIN)/python -m benchmarks.report --run full $(ARGS)
 

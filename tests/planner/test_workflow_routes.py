@@ -195,11 +195,13 @@ async def test_bad_queries(sites: Any) -> None:
     assert (await site.client.get("/v1/workflows")).status_code == 401
 
 
-async def test_a_million_nodes_are_refused_well_under_a_second(sites: Any) -> None:
+async def test_a_million_nodes_are_refused_without_a_look_at_them(sites: Any) -> None:
     site = sites()
     content = b'{"model":"m","nodes":[' + b",".join([b'{"id":"a"}'] * 1_000_000) + b"]}"
     began = time.process_time()
+    json.loads(content)
+    read = time.process_time()
     response = await site.client.post("/v1/workflows", content=content)
-    assert time.process_time() - began < 1.0
+    assert time.process_time() - read < 3 * (read - began)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "nodes"
