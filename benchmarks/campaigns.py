@@ -132,12 +132,11 @@ CAMPAIGNS: dict[str, Campaign] = {
     "lookahead": _LOOKAHEAD,
 }
 
-_SHORT = ("rr", "sglang", "vllm-router", "helium")
 FULL: dict[str, Campaign] = {
-    "vllm": replace(_VLLM, systems=_SHORT, scale=0.2, repeats=2),
+    "vllm": replace(_VLLM, scale=0.2, repeats=1),
     "vllm_embedded": replace(_VLLM_EMBEDDED, scale=0.2, repeats=1),
-    "h100": replace(_H100, systems=_SHORT, repeats=1),
-    "two_day": replace(_TWO_DAY, systems=_SHORT, scale=0.25, repeats=1),
+    "h100": replace(_H100, repeats=1),
+    "two_day": replace(_TWO_DAY, systems=("rr", "vllm-router", "helium"), repeats=1),
     "lookahead": replace(_LOOKAHEAD, repeats=1),
     "one_worker": replace(_ONE_WORKER, repeats=3),
 }

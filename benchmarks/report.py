@@ -44,13 +44,17 @@ _SECTIONS: tuple[sections.Section, ...] = (
     sections.campaign_section(
         "vllm",
         "Six shapes on real vLLM",
-        "Two real vLLM CPU engines (float32, greedy), the paper's six shapes.",
+        "Two real vLLM CPU engines (float32, greedy), the paper's six shapes. Engines, their API servers, proxy and "
+        "client share two cores of a machine with neighbours: makespans of one system differ by a fifth and more from "
+        "repeat to repeat, which is more than most differences between systems. What is counted repeats within 5%.",
     ),
     sections.campaign_section(
         "h100",
         "Six shapes on eight engines at an H100's rates",
         "Embedded engines in real time behind the same real peers. Their rates are a roofline of published figures: "
-        "the times are not a GPU's, but what differs between the systems is the schedule.",
+        "the times are not a GPU's. Eight engines, proxy and client shared two cores here, and that limits all systems, "
+        "most of all those that compute least: round robin takes about twice as long as in virtual time (below), where "
+        "nothing but the schedule counts. Read tokens and balance here, and makespans there.",
     ),
     sections.campaign_section(
         "two_day",
@@ -117,7 +121,7 @@ def measure(kind: str, only: Sequence[str] | None, console: Console) -> None:
     if only is None or "overhead" in only:
         console.rule("overhead")
         names = ["direct", "bare", "helium", "vllm-router", *(["litellm"] if kind != "quick" else [])]
-        repeats, seconds = (1, 2.0) if kind == "quick" else (3, 3.0)
+        repeats, seconds = {"quick": (1, 2.0), "full": (2, 3.0), "publish": (3, 3.0)}[kind]
         found = asyncio.run(overhead.run(names, repeats, seconds, console))
         overhead.show(console, found)
         if kind != "quick":
