@@ -45,16 +45,16 @@ _SECTIONS: tuple[sections.Section, ...] = (
         "vllm",
         "Six shapes on real vLLM",
         "Two real vLLM CPU engines (float32, greedy), the paper's six shapes. Engines, their API servers, proxy and "
-        "client share two cores of a machine with neighbours: makespans of one system differ by a fifth and more from "
-        "repeat to repeat, which is more than most differences between systems. What is counted repeats within 5%.",
+        "client share two cores of a machine with neighbours: makespans of one system differ by a fifth and more "
+        "between repeats, which is more than most differences between systems. What is counted repeats within 5%.",
     ),
     sections.campaign_section(
         "h100",
         "Six shapes on eight engines at an H100's rates",
         "Embedded engines in real time behind the same real peers. Their rates are a roofline of published figures: "
-        "the times are not a GPU's. Eight engines, proxy and client shared two cores here, and that limits all systems, "
-        "most of all those that compute least: round robin takes about twice as long as in virtual time (below), where "
-        "nothing but the schedule counts. Read tokens and balance here, and makespans there.",
+        "the times are not a GPU's. Eight engines, their HTTP servers, proxy and client share two cores here, so that "
+        "a proxy's own CPU time lengthens a run as it would not beside engines on GPUs. Schedules alone are compared "
+        "in virtual time, below.",
     ),
     sections.campaign_section(
         "two_day",
