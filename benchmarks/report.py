@@ -53,8 +53,8 @@ _SECTIONS: tuple[sections.Section, ...] = (
         "Six shapes on eight engines at an H100's rates",
         "Embedded engines in real time behind the same real peers. Their rates are a roofline of published figures: "
         "the times are not a GPU's. Eight engines, their HTTP servers, proxy and client share two cores, so "
-        "that a proxy's own CPU time lengthens a run as it would not beside engines on GPUs. Schedules alone are compared "
-        "in virtual time, below.",
+        "that a proxy's own CPU time lengthens a run as it would not beside engines on GPUs. Schedules alone are "
+        "compared in virtual time, below.",
     ),
     sections.campaign_section(
         "two_day",
