@@ -29,6 +29,7 @@ from helium_proxy.residency.index import Chain
 from helium_proxy.residency.kv_book import salt_of
 from helium_proxy.workers.pool import Pool
 from helium_proxy.workflow import Prediction, Rendered, Workflows
+from helium_proxy.workflow.parts import shared
 
 log = structlog.get_logger(__name__)
 
@@ -201,7 +202,7 @@ class Lookahead:
             ]
         )
         one, other = [await self._prewarmer.tokens(source, _body(source, made, rendered.extras)) for made in both]
-        return None if one is None or other is None else one[: _shared(one, other)]
+        return None if one is None or other is None else one[: shared(one, other)]
 
     # -- prefilling
 
@@ -268,15 +269,3 @@ def _chars(messages: Sequence[Any]) -> int:
         elif isinstance(content, list):
             total += sum(len(p["text"]) for p in content if isinstance(p, dict) and isinstance(p.get("text"), str))
     return total
-
-
-def _shared(one: array[int], other: array[int]) -> int:
-    """Leading ids that two prompts share."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) >> 1
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

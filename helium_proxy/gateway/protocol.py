@@ -74,7 +74,8 @@ class _Chunks:
         return not (cycle.disconnected or cycle.response_complete)
 
     def write(self, chunk: bytes) -> None:
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        if chunk:  # an empty one would end the body
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
 
 
 def _push(send: Send) -> _Chunks | None:

@@ -7,8 +7,9 @@ Matching is `str.find` and dictionaries, never a loop over characters. Nothing h
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import orjson
 
@@ -26,6 +27,8 @@ _FIELDS = (
 )
 """What else of a request decides its prompt."""
 
+
+_Sliced = TypeVar("_Sliced", str, "array[int]")
 
 REPLY: Final = -1
 FRAME: Final = -1
@@ -182,21 +185,21 @@ def merge(one: Line, other: Line) -> Line:
     mine_left = one[at].text if at < len(one) else ""
     theirs_left = other[at].text if at < len(other) else ""
     if mine_left and theirs_left:
-        head = mine_left[: _shared(mine_left, theirs_left)]
+        head = mine_left[: shared(mine_left, theirs_left)]
         if head:
             merged.append(Part(head))
     merged.append(GAP)
     if at < len(one) and at < len(other):
         mine_last = (one[-1].text or "")[len(head) if len(one) == at + 1 else 0 :]
         theirs_last = (other[-1].text or "")[len(head) if len(other) == at + 1 else 0 :]
-        size = _shared(mine_last[::-1], theirs_last[::-1])
+        size = shared(mine_last[::-1], theirs_last[::-1])
         if size:
             merged.append(Part(mine_last[-size:]))
     return tuple(merged)
 
 
-def _shared(one: str, other: str) -> int:
-    """Leading characters that two texts share, by halving."""
+def shared(one: _Sliced, other: _Sliced) -> int:
+    """Leading characters of texts, or ids of prompts, that two share, by halving."""
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:
         return high

@@ -89,3 +89,15 @@ def test_think_time_and_arrivals_pass() -> None:
     assert slow.run_p50 > base.run_p50
     assert spread.makespan > base.makespan
     assert spread.run_p50 <= base.run_p50
+
+
+def test_answers_that_lag_do_not_send_their_successors_elsewhere() -> None:
+    """The answers of one batch arrive one by one. Whoever then takes the worker to be busy, or slow, sends the next
+    calls of the runs away from their prefixes."""
+    graph = trace(WORKLOADS["reflection"], SIZES["small"])
+    config = EngineConfig(profile="cpu-tiny", num_blocks=96, block_size=128, max_model_len=8192, policy="priority")
+    shares = []
+    for seed in range(1, 6):
+        result = Fleet("helium", 2, config).simulate(graph, 10, think_s=0.02, lag_s=0.1, seed=seed)
+        shares.append(result.computed_tokens / result.fewest_tokens)
+    assert sum(shares) / len(shares) < 1.12

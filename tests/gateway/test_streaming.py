@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from unittest.mock import Mock
 
 import orjson
 import pytest
 from serving import CHAT, SLOW, USAGE, Seen, Stack, chat, events, http_client, until
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from helium_proxy.gateway.protocol import _Chunks
 
 QUIET = {"prewarm": False, "lookahead": False, "pins": False}
 """The proxy asks engines for nothing of its own accord."""
@@ -256,3 +260,19 @@ async def test_a_slow_reader_holds_the_worker_back(stack: Stack) -> None:
         rest = [c async for c in chunks]
     assert sent == 300
     assert sum(map(len, rest)) > 100_000 * 290
+
+
+def test_a_chunk_pushed_past_uvicorn_is_framed_and_an_empty_one_does_not_end_the_body() -> None:
+    cycle = Mock(spec=RequestResponseCycle, chunked_encoding=True, disconnected=False, response_complete=False)
+    cycle.flow, cycle.transport = Mock(write_paused=False), Mock()
+    client = _Chunks(cycle)
+    assert client.ready()
+    client.write(b"")
+    client.write(b"data: 1\n\n")
+    assert [call.args for call in cycle.transport.write.call_args_list] == [(b"9\r\ndata: 1\n\n\r\n",)]
+    for name in ("disconnected", "response_complete"):
+        setattr(cycle, name, True)
+        assert not client.ready()
+        setattr(cycle, name, False)
+    cycle.flow.write_paused = True
+    assert not client.ready(), "a client that reads slowly is waited for"
