@@ -1,8 +1,9 @@
 """Sweeps past this machine's size, in virtual time: ``python -m benchmarks.simulate``.
 
 One parameter at a time around a base point (8 engines at an H100's rates, Trading, prompt sizes P1, KV for a sixth
-of what 64 runs touch), helium-proxy's policy against round robin and longest-prefix-first; how the cost of deciding
-grows with queue and workers; and a fleet of 64 workers with 1,000 runs at a time.
+of what 64 runs touch), helium-proxy's policy against round robin and longest-prefix-first; the paper's six shapes
+with one part of the policy off at a time; how the cost of deciding grows with queue and workers; and a fleet of 64
+workers with 1,000 runs at a time.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from helium_proxy.dispatch.state import DispatchState, WorkerState
 from helium_proxy.engine import EngineConfig
 
 from .campaign import save
+from .campaigns import CAMPAIGNS
 from .fleet import Fleet, Node, System, trace
-from .workloads import SIZES, WORKLOADS, Run, Workload
+from .workloads import PAPER_SHAPES, SIZES, WORKLOADS, Run, Workload
 from .workloads.base import document_inputs
 from .workloads.map_reduce import with_experts
 
@@ -110,6 +112,39 @@ class Sweeps:
             self.measure("arrivals", load, base, trading, runs=runs * 2, rate=load * runs / alone.makespan)
 
 
+WITHOUT: dict[str, DispatchSettings] = {
+    "placement": DispatchSettings(max_queue=1 << 30, placement="least-loaded"),
+    "ordering": DispatchSettings(max_queue=1 << 30, ordering="fifo"),
+    "admission": DispatchSettings(max_queue=1 << 30, admission=False),
+    "kept places": DispatchSettings(max_queue=1 << 30, keep_places=False),
+}
+"""The policy with one part turned off, by what is turned off."""
+
+_LAG_S = 0.005
+"""Mean time an answer needs from an engine's scheduler to the client, and the next call back."""
+
+
+def six_shapes(console: Console) -> list[dict[str, Any]]:
+    """The six shapes in the batches of the campaign at an H100's rates: the other policies, ours, and ours without
+    each of its parts."""
+    points = []
+    for shape, batch in CAMPAIGNS["h100"].batches:
+        assert shape in PAPER_SHAPES
+        graph = trace(WORKLOADS[shape], SIZES["P1"])
+        kv = config(blocks_for(touched(graph, batch) / 6, _WORKERS))
+        variants: list[tuple[str, System, DispatchSettings | None]] = [(s, s, None) for s in SYSTEMS]
+        variants += [(f"without {part}", "helium", settings) for part, settings in WITHOUT.items()]
+        for name, system, settings in variants:
+            result = Fleet(system, _WORKERS, kv, settings).simulate(graph, batch, lag_s=_LAG_S)
+            points.append({"shape": shape, **asdict(result), "system": name})
+            console.print(
+                f"{shape:16} {name:19} {result.makespan:8.2f} s  "
+                f"x{result.computed_tokens / max(1, result.fewest_tokens):.2f} min  busiest {result.balance:.2f}  "
+                f"preempted {result.preemptions:4}"
+            )
+    return points
+
+
 def decide_cost(console: Console) -> list[dict[str, float]]:
     """CPU time of one `decide` with a given queue and number of busy workers, after one call has finished; arrivals
     keep the queue at its length."""
@@ -175,15 +210,18 @@ def fleet_of_64(console: Console, calls: int, limit_s: float) -> dict[str, Any]:
     return results
 
 
-def run(
-    console: Console, *, runs: int, calls: int, limit_s: float, parts: Sequence[str] = ("sweeps", "decide", "fleet")
-) -> dict[str, Any]:
+PARTS = ("sweeps", "shapes", "decide", "fleet")
+
+
+def run(console: Console, *, runs: int, calls: int, limit_s: float, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     """The result file's content."""
     result: dict[str, Any] = {"base": {"workers": _WORKERS, "runs": runs, "shape": "trading", "sizes": "P1"}}
     if "sweeps" in parts:
         sweeps = Sweeps(console, runs)
         sweeps.run_all()
         result["points"] = sweeps.points
+    if "shapes" in parts:
+        result["shapes"] = six_shapes(console)
     if "decide" in parts:
         result["decide"] = decide_cost(console)
     if "fleet" in parts:
@@ -195,7 +233,7 @@ def run(
 @click.option("--runs", default=_RUNS, help="Runs at the base point.")
 @click.option("--calls", default=1_000_000, help="Of the large fleet.")
 @click.option("--limit", default=600.0, help="Seconds for each system of the large fleet.")
-@click.option("--parts", default="sweeps,decide,fleet", help="Comma list.")
+@click.option("--parts", default=",".join(PARTS), help="Comma list.")
 @click.option("--out", help="Name of the result file in benchmarks/results (default: not saved).")
 def main(runs: int, calls: int, limit: float, parts: str, out: str | None) -> None:
     """Run the sweeps."""

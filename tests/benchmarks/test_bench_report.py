@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import campaigns, report, systems
+from benchmarks import campaigns, report, simulate, systems
 from benchmarks.campaign import Campaign
 from benchmarks.engines import EngineOptions
 from benchmarks.workingset import working_set
 from benchmarks.workloads import SIZES, WORKLOADS
+from helium_proxy.dispatch.settings import DispatchSettings
 from tests.benchmarks.test_bench_stats import measurement
 
 pytest.importorskip("matplotlib")
@@ -50,6 +51,22 @@ def test_waiting_in_a_stream_is_compared_with_first_in_first_out(folder: Path) -
         for system, wait in waits.items()
     ]
     assert "helium's is 1.50 × that of first in, first out" in report.render({"starvation": result(*measured)})
+
+
+def test_what_each_part_is_worth_is_relative_to_round_robin(folder: Path) -> None:
+    seconds = {("debate", "rr"): 8.0, ("debate", "helium"): 4.0, ("trading", "rr"): 9.0, ("trading", "helium"): 1.125}
+    points = [
+        {"shape": shape, "system": system, "makespan": took, "computed_tokens": 150, "fewest_tokens": 100}
+        for (shape, system), took in seconds.items()
+    ]
+    base = {"workers": 8, "runs": 1, "shape": "trading", "sizes": "P1"}
+    text = report.render({"simulate": {"base": base, "shapes": points}})
+    assert "| helium | 2.00 ×, 1.50 | 8.00 ×, 1.50 | 4.00 × |" in text
+
+
+def test_every_part_turned_off_is_a_change() -> None:
+    usual = DispatchSettings(max_queue=1 << 30)
+    assert all(settings != usual for settings in simulate.WITHOUT.values())
 
 
 def test_what_was_not_measured_is_said(folder: Path) -> None:
