@@ -105,7 +105,7 @@ def _shapes(points: Sequence[dict[str, Any]]) -> str:
     return (
         "### Six shapes, and what each part is worth\n\nFaster than round robin, and tokens computed ÷ fewest. "
         "Answers need 5 ms on average from the scheduler to the client, whose next call is then sent at once. "
-        f"`without …` is helium-proxy's policy with that part turned off.\n\n{table}"
+        f"`helium-no-…` is the policy with that part turned off.\n\n{table}"
     )
 
 

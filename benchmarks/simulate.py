@@ -28,7 +28,8 @@ from helium_proxy.engine import EngineConfig
 from .campaign import save
 from .campaigns import CAMPAIGNS
 from .fleet import Fleet, Node, System, trace
-from .workloads import PAPER_SHAPES, SIZES, WORKLOADS, Run, Workload
+from .systems import ABLATIONS
+from .workloads import SIZES, WORKLOADS, Run, Workload
 from .workloads.base import document_inputs
 from .workloads.map_reduce import with_experts
 
@@ -113,12 +114,13 @@ class Sweeps:
 
 
 WITHOUT: dict[str, DispatchSettings] = {
-    "placement": DispatchSettings(max_queue=1 << 30, placement="least-loaded"),
-    "ordering": DispatchSettings(max_queue=1 << 30, ordering="fifo"),
-    "admission": DispatchSettings(max_queue=1 << 30, admission=False),
-    "kept places": DispatchSettings(max_queue=1 << 30, keep_places=False),
+    f"helium-{name}": DispatchSettings.model_validate(
+        {"max_queue": 1 << 30} | {key.removeprefix("DISPATCH__").lower(): value for key, value in changed.items()}
+    )
+    for name, changed in ABLATIONS.items()
+    if all(key.startswith("DISPATCH__") for key in changed)
 }
-"""The policy with one part turned off, by what is turned off."""
+"""The policy with one part turned off, by the name of the served system that has it off."""
 
 _LAG_S = 0.005
 """Mean time an answer needs from an engine's scheduler to the client, and the next call back."""
@@ -129,11 +131,10 @@ def six_shapes(console: Console) -> list[dict[str, Any]]:
     each of its parts."""
     points = []
     for shape, batch in CAMPAIGNS["h100"].batches:
-        assert shape in PAPER_SHAPES
         graph = trace(WORKLOADS[shape], SIZES["P1"])
         kv = config(blocks_for(touched(graph, batch) / 6, _WORKERS))
         variants: list[tuple[str, System, DispatchSettings | None]] = [(s, s, None) for s in SYSTEMS]
-        variants += [(f"without {part}", "helium", settings) for part, settings in WITHOUT.items()]
+        variants += [(name, "helium", settings) for name, settings in WITHOUT.items()]
         for name, system, settings in variants:
             result = Fleet(system, _WORKERS, kv, settings).simulate(graph, batch, lag_s=_LAG_S)
             points.append({"shape": shape, **asdict(result), "system": name})

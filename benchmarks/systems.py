@@ -118,7 +118,7 @@ def _litellm(engines: Engines, port: int) -> list[str]:
     return [*line, "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
 
 
-_ABLATIONS: dict[str, dict[str, str]] = {
+ABLATIONS: dict[str, dict[str, str]] = {
     "passthrough": {"MODE": "passthrough"},
     "no-placement": {"DISPATCH__PLACEMENT": "least-loaded"},
     "no-ordering": {"DISPATCH__ORDERING": "fifo"},
@@ -166,7 +166,7 @@ SYSTEMS: dict[str, System] = {
         replace(_OURS, name="helium-plan", plan=True),
         *(
             replace(_OURS, name=f"helium-{name}", env={f"HELIUM_{key}": value for key, value in settings.items()})
-            for name, settings in _ABLATIONS.items()
+            for name, settings in ABLATIONS.items()
         ),
     )
 }

@@ -33,22 +33,17 @@ SLOW = Profile("slow", step_s=0.02, kv_tokens=1 << 20)
 
 
 async def until(condition: Callable[[], Any], *, within: float = 10.0, what: str = "") -> Any:
-    """Waits until `condition()` is true (a coroutine function may be given), at most `within` seconds.
-
-    Time in which this process did not run at all counts for a moment only: a shared machine may stop it for long.
-    """
-    left, last = within, time.monotonic()
+    """Waits until `condition()` is true (a coroutine function may be given), at most `within` seconds."""
+    end = time.monotonic() + within
     while True:
         value = condition()
         if asyncio.iscoroutine(value):
             value = await value
         if value:
             return value
-        if left <= 0:
+        if time.monotonic() > end:
             raise AssertionError(f"not within {within} s: {what or condition}")
         await asyncio.sleep(0.002)
-        now = time.monotonic()
-        left, last = left - min(now - last, 1.0), now
 
 
 class AppServer:

@@ -64,9 +64,18 @@ def test_what_each_part_is_worth_is_relative_to_round_robin(folder: Path) -> Non
     assert "| helium | 2.00 ×, 1.50 | 8.00 ×, 1.50 | 4.00 × |" in text
 
 
-def test_every_part_turned_off_is_a_change() -> None:
+def test_the_simulator_turns_off_what_the_served_systems_do() -> None:
     usual = DispatchSettings(max_queue=1 << 30)
-    assert all(settings != usual for settings in simulate.WITHOUT.values())
+    changed = {
+        name: {key for key, value in settings if value != getattr(usual, key)}
+        for name, settings in simulate.WITHOUT.items()
+    }
+    assert changed == {
+        "helium-no-placement": {"placement"},
+        "helium-no-ordering": {"ordering"},
+        "helium-no-admission": {"admission"},
+        "helium-no-places": {"keep_places"},
+    }
 
 
 def test_what_was_not_measured_is_said(folder: Path) -> None:

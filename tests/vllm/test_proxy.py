@@ -126,7 +126,7 @@ async def test_a_client_that_leaves_ends_the_engine_s_work(
         return sum([await running(e) for e in vllm_engines])
 
     async with http_client(proxy.url) as client:
-        for _ in range(3):  # where this process is stopped while the engine runs on, the end comes unseen
+        for _ in range(3):  # where the machine stops this process meanwhile, the engine ends the call unseen
             call = asyncio.create_task(client.post(CHAT, json=body, timeout=300))
 
             async def caught(call: asyncio.Task[Any] = call) -> bool:
