@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -64,9 +65,10 @@ def order(names: Sequence[str], turn: int) -> list[str]:
 
 def describe(campaign: Campaign, running: engines.Engines) -> dict[str, Any]:
     """What a reader must know to judge the figures."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    ).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        line = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
     info = Path("/proc/cpuinfo")
     models = (
         [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []

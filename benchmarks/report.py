@@ -90,9 +90,19 @@ def render(results: sections.Results) -> str:
     return "\n\n".join([_HEAD.strip(), *(part for part in parts if part), _gpu(results)]) + "\n"
 
 
+_ON_A_GPU = (
+    "Stock vLLM, random weights of Qwen3-8B's shape, CUDA graphs for decode, no `torch.compile`. Two engines *share* "
+    "one GPU, which runs one or the other at a time: what one leaves idle the other has, so that balance is worth "
+    "nothing here and a router that sends everything to one engine decodes in fewer, larger batches (iterative: "
+    "`sglang` and `vllm-router` used one engine of the two). Engines that have a GPU each lose that time. In "
+    "bfloat16 greedy replies change with the batch, and replies are parts of later prompts: *outputs differ* says "
+    "nothing about the systems."
+)
+
+
 def _gpu(results: sections.Results) -> str:
     if "gpu" in results:
-        return sections.campaign_section("gpu", "On a GPU", "Two vLLM engines share one GPU.")(results, PLOTS)
+        return sections.campaign_section("gpu", "On a GPU", _ON_A_GPU)(results, PLOTS)
     return (
         "## On a GPU\n\n**Not run.** `python -m benchmarks.gpu.run` does it on a machine with a GPU and vLLM: two "
         "engines with random weights of Qwen3-8B's shape, the same harness."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -36,6 +37,15 @@ def _kv(about: dict[str, Any]) -> str:
     return f"KV for its part of 1/{divisor:g} of the batch's working set (blocks of {size} tokens: {counts})"
 
 
+def engines_of(about: dict[str, Any]) -> str:
+    """The engines of a campaign, in a few words."""
+    if "cards" not in about:
+        return f"`{about['campaign']['engines']}`"
+    places = about["gpus"].split(",")
+    cards = " and ".join(about["cards"]) or "no GPU"
+    return f"{len(places)} × {about['engine_versions'][0]} ({about['model']}) on {cards}"
+
+
 def setting(result: dict[str, Any]) -> str:
     """Where and how a campaign ran, in a sentence or two."""
     about = result["about"]
@@ -45,11 +55,13 @@ def setting(result: dict[str, Any]) -> str:
     if campaign["engines"].startswith("embedded"):
         scale = "" if options["time_scale"] == 1.0 else f" at {options['time_scale']:g} of real time"
         speed = f", profile `{options['profile']}`{scale}"
+    counts = Counter((m["shape"], m["system"], m["phase"]) for m in result["measurements"]).values()
+    repeats = "–".join(str(count) for count in sorted({min(counts, default=0), max(counts, default=0)}))
     return (
-        f"Engines: `{campaign['engines']}`{speed}, each with {_kv(about)}. "
+        f"Engines: {engines_of(about)}{speed}, each with {_kv(about)}. "
         f"Prompts in tokens: static {sizes['static']}, context "
         f"{sizes['context']}, question {sizes['question']}, output {sizes['output']}. "
-        f"{campaign['repeats']} interleaved repeats. "
+        f"{repeats} interleaved repeats. "
         f"{about['cpu']}, {about['cores']} cores; {about['date'][:10]}, commit `{about['commit']}`."
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .sections import Results, markdown_table, table_of
+from .sections import Results, engines_of, markdown_table, table_of
 from .stats import geometric_mean, speedups
 from .workloads import PAPER_SHAPES
 
@@ -147,14 +147,14 @@ _TRADING = "1.34 × (KVFlow)"
 def paper(results: Results, folder: Path) -> str:
     """Its figures beside ours."""
     body = []
-    for name in ("vllm", "h100"):
+    for name in ("vllm", "h100", "gpu"):
         if name not in results:
             continue
         table = table_of(results[name])
         for system in dict.fromkeys(row.system for row in table if row.family == "helium"):
             ratio = speedups(table).get(system, {})
             primitive = [ratio[s, 0] for s in PAPER_SHAPES if s != "trading" and (s, 0) in ratio]
-            where = f"{system}, `{results[name]['about']['campaign']['engines']}`"
+            where = f"{system}, {engines_of(results[name]['about'])}"
             if primitive:
                 ours = f"{geometric_mean(primitive):.2f} × ({min(primitive):.2f}–{max(primitive):.2f})"
                 body.append([f"five primitive shapes over the best peer: {where}", _PRIMITIVE, ours])

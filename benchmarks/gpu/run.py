@@ -12,7 +12,6 @@ import asyncio
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,33 @@ from benchmarks.stats import Measurement
 from benchmarks.workloads import PAPER_SHAPES, SIZES
 
 MODEL = "demo"
+_BLOCK = 16
+"""Tokens a KV block holds on a GPU, by vLLM's default."""
+
+
+def kv_bytes_per_token(model: Path) -> int:
+    """Bytes of KV a token takes in bfloat16."""
+    config = json.loads((model / "config.json").read_text())
+    return 2 * 2 * int(config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"])
+
+
+def cards() -> list[str]:
+    """Names and memory of the GPUs; empty where there is none."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
 
 
 def engine(
     python: str, model: Path, gpu: str, *, port: int, events: int, blocks: int, share: float, extra: tuple[str, ...]
 ) -> Server:
-    """One vLLM API server; started, not yet ready."""
+    """One vLLM API server; started, not yet ready.
+
+    Its KV is given in bytes: engines that start at the same time on one GPU and measure what is left of its memory
+    would see each other's half-loaded weights.
+    """
     endpoint = f"tcp://*:{events}"
     publish = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint, "topic": "kv-events"}
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
@@ -43,6 +63,7 @@ def engine(
     command += ["--kv-events-config", json.dumps(publish)]
     if gpu != "cpu":
         command += ["--gpu-memory-utilization", str(share)]
+        command += ["--kv-cache-memory-bytes", str(blocks * _BLOCK * kv_bytes_per_token(model))]
     env = {
         "CUDA_VISIBLE_DEVICES": "" if gpu == "cpu" else gpu,
         "HF_HUB_OFFLINE": "1",
@@ -54,12 +75,42 @@ def engine(
     return Server(f"vllm-{port}", [*command, *extra], env, f"http://127.0.0.1:{port}/health")
 
 
-async def measure(servers: list[Server], campaign: Campaign, console: Console, out: str | None) -> dict[str, Any]:
+async def warm_up(session: aiohttp.ClientSession, url: str) -> None:
+    """A few concurrent calls, so that kernels compiled at first use are not in the first system's time."""
+
+    async def call(number: int) -> None:
+        body = {"model": MODEL, "prompt": f"{number} " * 500 * (number + 1), "max_tokens": 16, "ignore_eos": True}
+        async with session.post(url, json=body) as response:
+            response.raise_for_status()
+            await response.read()
+
+    await asyncio.gather(*(call(number) for number in range(5)))
+
+
+async def measure(
+    servers: list[Server], campaign: Campaign, about: dict[str, Any], console: Console, out: str | None
+) -> dict[str, Any]:
+    """Every measurement; after each the result so far is saved under the name `out`, with what `about` adds.
+
+    Raises:
+        StartFailed: an engine did not come up.
+    """
     async with aiohttp.ClientSession() as session:
         for server in servers:
             await server.wait_ready(session, timeout_s=900)
-    checkpoint = partial(save, name=out) if out else lambda result: None
-    return await execute(campaign, console, checkpoint)
+        async with session.get(servers[0].ready_url.replace("/health", "/version")) as response:
+            about["engine_versions"] = [f"vllm {(await response.json())['version']}"]
+        for server in servers * 2:
+            await warm_up(session, server.ready_url.replace("/health", "/v1/completions"))
+
+    def checkpoint(result: dict[str, Any]) -> None:
+        result["about"] |= about
+        if out:
+            save(result, out)
+
+    result = await execute(campaign, console, checkpoint)
+    checkpoint(result)
+    return result
 
 
 @click.command()
@@ -106,18 +157,15 @@ def main(vllm_python: str, shape: str, gpus: str, blocks: int, sizes: str, **opt
         repeats=options["repeats"],
         scale=options["scale"],
     )
+    about = {"gpus": gpus, "cards": cards(), "model": shape, "engine_args": list(options["extra"])}
     try:
-        result = asyncio.run(measure(servers, campaign, console, options["out"]))
+        result = asyncio.run(measure(servers, campaign, about, console, options["out"]))
     except StartFailed as failure:
         raise click.ClickException(str(failure)) from failure
     finally:
         for server in servers:
             server.stop()
-    result["about"]["gpus"] = gpus
-    result["about"]["model"] = shape
     tables.show(console, [Measurement(**m) for m in result["measurements"]])
-    if options["out"]:
-        console.print(f"saved {save(result, options['out'])}")
 
 
 if __name__ == "__main__":
