@@ -35,7 +35,7 @@ _VLLM_EMBEDDED = replace(
 _H100 = replace(
     _VLLM,
     engines="embedded:8",
-    options=EngineOptions(profile="h100-8b", block_size=16, kv_events=True),
+    options=EngineOptions(profile="h100-8b", block_size=16, kv_events=True, time_scale=0.25),
     sizes="P1",
     scale=1.0,
     batches=(
@@ -49,7 +49,8 @@ _H100 = replace(
     kv_divisor=6.0,
     decode_cost=3.0,
 )
-"""Eight embedded engines at an H100's rates, in real time; their KV holds a sixth of the batch's working set."""
+"""Eight embedded engines at a quarter of an H100's rates, so that two cores are enough for them, the proxy and the
+client; their KV holds a sixth of the batch's working set."""
 
 _TWO_DAY = replace(
     _VLLM,
@@ -120,6 +121,9 @@ _LOOKAHEAD = replace(
 )
 """The client thinks for half a second, every call is streamed, templates have been learned from three runs."""
 
+_PREDICTIONS = replace(_VLLM, systems=("helium", "helium-no-events"), repeats=1)
+"""How well is known what the engines hold, from their KV events and from the index alone."""
+
 CAMPAIGNS: dict[str, Campaign] = {
     "vllm": _VLLM,
     "vllm_embedded": _VLLM_EMBEDDED,
@@ -130,12 +134,13 @@ CAMPAIGNS: dict[str, Campaign] = {
     "starvation": _STARVATION,
     "one_worker": _ONE_WORKER,
     "lookahead": _LOOKAHEAD,
+    "predictions": _PREDICTIONS,
 }
 
 FULL: dict[str, Campaign] = {
     "vllm": replace(_VLLM, scale=0.2, repeats=1),
     "vllm_embedded": replace(_VLLM_EMBEDDED, scale=0.2, repeats=1),
-    "h100": replace(_H100, repeats=1),
+    "h100": replace(_H100, repeats=1, options=replace(_H100.options, time_scale=1.0)),
     "two_day": replace(_TWO_DAY, systems=("rr", "vllm-router", "helium"), repeats=1),
     "lookahead": replace(_LOOKAHEAD, repeats=1),
     "one_worker": replace(_ONE_WORKER, repeats=3),

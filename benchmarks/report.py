@@ -51,10 +51,9 @@ _SECTIONS: tuple[sections.Section, ...] = (
     sections.campaign_section(
         "h100",
         "Six shapes on eight engines at an H100's rates",
-        "Embedded engines in real time behind the same real peers. Their rates are a roofline of published figures: "
-        "the times are not a GPU's. Eight engines, their HTTP servers, proxy and client share two cores, so "
-        "that a proxy's own CPU time lengthens a run as it would not beside engines on GPUs. Schedules alone are "
-        "compared in virtual time, below.",
+        "Embedded engines behind the same real peers. Their rates are a roofline of published figures, slowed down "
+        "to a quarter, so that two cores are enough for eight engines, their HTTP servers, proxy and client: the "
+        "times are not a GPU's.",
     ),
     sections.campaign_section(
         "two_day",
@@ -74,6 +73,7 @@ _SECTIONS: tuple[sections.Section, ...] = (
         "One worker that holds everything",
         "Nothing can be gained here; what is measured is what it costs to have the proxy in the way.",
     ),
+    sections.predictions,
     sections.lookahead,
     sections.overhead,
     sections.optimality,

@@ -215,6 +215,30 @@ def starvation(results: Results, folder: Path) -> str:
     )
 
 
+def predictions(results: Results, folder: Path) -> str:
+    """How often what would be cached was known, with the engines' KV events and without."""
+    if "predictions" not in results:
+        return ""
+    measured = [Measurement(**m) for m in results["predictions"]["measurements"]]
+    shapes = list(dict.fromkeys(m.shape for m in measured))
+
+    def share(system: str, names: Sequence[str]) -> str:
+        mine = [m for m in measured if m.system == system and m.shape in names]
+        calls = sum(m.predicted_calls for m in mine)
+        within = sum(m.predicted_within_block for m in mine)
+        return f"{100 * within / calls:.1f}% of {calls:,}" if calls else "–"
+
+    body = [
+        [label, share("helium", names), share("helium-no-events", names)]
+        for label, names in [*((shape.replace("_", " "), [shape]) for shape in shapes), ("all", shapes)]
+    ]
+    head = ["shape", "with KV events", "without"]
+    return (
+        "## What is known of the engines' caches\n\nComputed calls whose cached tokens were predicted to within one "
+        f"block. {setting(results['predictions'])}\n\n{markdown_table(head, body)}"
+    )
+
+
 def lookahead(results: Results, folder: Path) -> str:
     """Time to first token with and without prefilling while the client thinks."""
     if "lookahead" not in results:

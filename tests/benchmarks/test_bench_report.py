@@ -64,6 +64,27 @@ def test_what_each_part_is_worth_is_relative_to_round_robin(folder: Path) -> Non
     assert "| helium | 2.00 ×, 1.50 | 8.00 ×, 1.50 | 4.00 × |" in text
 
 
+def test_predictions_are_counted_with_events_and_without(folder: Path) -> None:
+    counts = {("helium", "debate"): 9, ("helium", "trading"): 10, ("helium-no-events", "debate"): 8}
+    measured = [
+        measurement(system, 1.0, shape=shape, predicted_calls=10, predicted_within_block=within)
+        for (system, shape), within in counts.items()
+    ]
+    text = report.render({"predictions": result(*measured)})
+    assert "| debate | 90.0% of 10 | 80.0% of 10 |" in text
+    assert "| trading | 100.0% of 10 | – |" in text
+    assert "| all | 95.0% of 20 | 80.0% of 10 |" in text
+
+
+def test_a_gpu_s_section_names_card_and_engine(folder: Path) -> None:
+    found = result(measurement("rr", 2.0), measurement("helium", 1.0), measurement("helium", 3.0))
+    found["about"]["campaign"]["engines"] = "http://127.0.0.1:1,http://127.0.0.1:2"
+    found["about"] |= {"gpus": "0,0", "cards": ["NVIDIA H200"], "model": "qwen3-8b", "engine_versions": ["vllm 1.2"]}
+    text = report.render({"gpu": found})
+    assert "Engines: 2 × vllm 1.2 (qwen3-8b) on NVIDIA H200, each with" in text
+    assert "1–2 interleaved repeats" in text
+
+
 def test_the_simulator_turns_off_what_the_served_systems_do() -> None:
     usual = DispatchSettings(max_queue=1 << 30)
     changed = {
