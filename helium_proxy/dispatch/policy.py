@@ -63,36 +63,53 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
     ready = {w.id for w in workers}
     for name in [name for name in queue.lanes if name not in ready]:
         queue.close(name)
-    at_once = max(_LEAST_PLACED, _LOOKED_UP // len(workers))
-    for call in nsmallest(at_once, queue.unplaced.values(), key=lambda c: c.rank):
-        _place(state, queue, call, workers, now)
-    state.unfinished = state.unfinished or bool(queue.unplaced)
+    if queue.unplaced:
+        places = _Places(queue, workers, now)
+        at_once = max(_LEAST_PLACED, _LOOKED_UP // len(workers))
+        for call in nsmallest(at_once, queue.unplaced.values(), key=lambda c: c.rank):
+            _place(state, queue, call, places)
+        state.unfinished = state.unfinished or bool(queue.unplaced)
     assignments: list[Assignment] = []
     for worker in workers:
-        assignments += _fill(state, queue, worker, now)
+        if queue.lanes.get(worker.id):
+            assignments += _fill(state, queue, worker, now)
     if state.settings.placement == "cost":
+        behind = [w for w in workers if queue.lanes.get(w.id)]
         for worker in workers:
-            if not queue.lane(worker.id):
-                assignments += _take_over(state, queue, workers, worker, now)
+            if behind and not queue.lanes.get(worker.id):
+                assignments += _take_over(state, queue, behind, worker, now)
     return assignments
 
 
 # -- 1. place
 
 
-def _place(state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState], now: float) -> None:
-    allowed = [w for w in workers if w.id not in call.exclude] or workers if call.exclude else workers
-    worker, call.reason, call.lane_work = _cheapest(state, queue, call, allowed, now)
+class _Places:
+    """The workers that calls are placed on in one decision, and when each would be done with what it has."""
+
+    def __init__(self, queue: Queue, workers: list[WorkerState], now: float) -> None:
+        self.workers = workers
+        self.until = {worker.id: _until(queue, worker, now) for worker in workers}
+        """Worker -> seconds; `_place` brings it up to date."""
+
+    def soonest_first(self, allowed: list[WorkerState]) -> list[WorkerState]:
+        until = self.until
+        return sorted(allowed, key=lambda worker: until[worker.id])
+
+
+def _place(state: DispatchState, queue: Queue, call: QueuedCall, places: _Places) -> None:
+    allowed = [w for w in places.workers if w.id not in call.exclude] if call.exclude else places.workers
+    worker, call.reason, call.lane_work = _cheapest(state, queue, call, allowed or places.workers, places)
     queue.place(call, worker.id)
+    places.until[worker.id] += call.lane_work * worker.rates.prefill_s
 
 
 def _cheapest(
-    state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState], now: float
+    state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState], places: _Places
 ) -> tuple[WorkerState, Reason, float]:
     """The worker for `call`, why, and what it costs there."""
-    settings = state.settings
+    settings, until = state.settings, places.until
     reason: Reason = "balance"
-    best, best_total, best_cost, best_cached, most = workers[0], float("inf"), 0.0, 0, 0
     if call.prefer is not None and any(w.id == call.prefer for w in workers):
         workers, reason = [w for w in workers if w.id == call.prefer], "state"
     elif len(workers) == 1:
@@ -100,15 +117,17 @@ def _cheapest(
     elif settings.placement == "round-robin":
         workers, reason = [workers[state.next_turn() % len(workers)]], "round-robin"
     elif settings.placement == "least-loaded":
-        worker = min(workers, key=lambda w: (_until(queue, w, now), len(w.running)))
-        workers, reason = [worker], "least-loaded"
-    for worker in workers:
-        lane = queue.lane(worker.id)
+        workers, reason = [min(workers, key=lambda w: (until[w.id], len(w.running)))], "least-loaded"
+    best, best_total, best_cost, best_cached, most = workers[0], float("inf"), 0.0, 0, 0
+    for worker in places.soonest_first(workers):
+        if until[worker.id] >= best_total and call.suggestion is None:
+            break  # the others are busy for longer than the best needs to be done with the call
+        lane = queue.lanes.get(worker.id)
         resident, held = worker.matches(call)
-        shared = lane.shared(call.chain)
+        shared = lane.shared(call.chain) if lane else 0
         cached = max(resident, shared)
         cost = worker.cost(call, cached, max(held, shared))
-        total = _until(queue, worker, now) + _WASTE * cost * worker.rates.prefill_s
+        total = until[worker.id] + _WASTE * cost * worker.rates.prefill_s
         if worker.id == call.suggestion:
             total -= call.prompt_tokens * worker.rates.prefill_s
         if total < best_total:
@@ -172,15 +191,13 @@ def _score(state: DispatchState, worker: WorkerState, call: QueuedCall) -> float
 
 
 def _take_over(
-    state: DispatchState, queue: Queue, workers: list[WorkerState], worker: WorkerState, now: float
+    state: DispatchState, queue: Queue, behind: list[WorkerState], worker: WorkerState, now: float
 ) -> list[Assignment]:
+    """`behind`: the workers with calls in their lanes; one whose last is taken leaves the list."""
     settings = state.settings
     assignments: list[Assignment] = []
-    while not worker.saturated(settings):
-        others = [w for w in workers if queue.lane(w.id)]
-        if not others:
-            break
-        last = max(others, key=lambda w: _until(queue, w, now))
+    while behind and not worker.saturated(settings):
+        last = max(behind, key=lambda w: _until(queue, w, now))
         lane = queue.lane(last.id)
         found: tuple[float, QueuedCall] | None = None
         for _, call in queue.turn(lane)[: settings.window]:
@@ -198,6 +215,8 @@ def _take_over(
         if not worker.has_room(call, settings, now, state.returns.kept(worker.id)):
             break
         assignments.append(_start(state, queue, call, worker, "idle", now))
+        if not lane:
+            behind.remove(last)
     return assignments
 
 
