@@ -100,7 +100,7 @@ class WorkerState:
         running = len(self.running)
         if not settings.admission or running == 0 or self.capacity is None:
             return running >= (settings.max_running if self.capacity or not running else settings.default_running)
-        return running >= settings.max_running or self.residency.referenced >= self._limit(settings, self.capacity)
+        return running >= settings.max_running or self.residency.referenced >= settings.kv_share * self.capacity
 
     def has_room(self, call: QueuedCall, settings: DispatchSettings, now: float, kept: int = 0) -> bool:
         """Whether the worker has room to run `call` to its end, without preemption, beside what runs and `kept`
@@ -112,18 +112,16 @@ class WorkerState:
             return running < settings.default_running
         if running >= settings.max_running:
             return False
-        limit = self._limit(settings, self.capacity) - kept
-        prompts = self.residency.referenced + len(call.chain) - self.matches(call)[1]
+        held = self.matches(call)[1]
+        pinned = self.residency.pinned_beside(call.chain, held)
+        limit = min(settings.kv_share * self.capacity, self.capacity - pinned) - kept
+        prompts = self.residency.referenced + len(call.chain) - held
         own = self.anonymous_blocks(call)
         if prompts + own + self.forecast.reserved <= limit:
             return True
         size, rates = self.block_size or call.block_size, self.rates
         end = now + rates.duration(0, call.output_tokens)
         return prompts + self.forecast.peak(now, 1 / (rates.step_s * size), own, end) <= limit
-
-    def _limit(self, settings: DispatchSettings, capacity: int) -> float:
-        """Blocks that running calls may hold."""
-        return min(settings.kv_share * capacity, capacity - self.residency.pinned)
 
     def admit(self, assignment: Assignment) -> None:
         call, now = assignment.call, assignment.started_at

@@ -49,6 +49,7 @@ class WorkerResidency:
         self._anonymous = 0  # sum of the latter
         self._pins: dict[str, Chain] = {}  # pin's name → its blocks
         self._pinned: Counter[int] = Counter()  # block → pins that hold it
+        self._pinned_idle = 0  # of these, blocks that no running call holds
         self._told: Container[int] = ()  # blocks that KV events say are resident, kept by whoever follows those
         self._following = False
         self._due: tuple[list[int], list[int]] = ([], [])  # just left by calls, no event yet; and those before them
@@ -78,6 +79,13 @@ class WorkerResidency:
     def pinned(self) -> int:
         """Blocks that pins hold, whoever else does."""
         return len(self._pinned)
+
+    def pinned_beside(self, chain: Chain, held: int) -> int:
+        """Blocks that pins alone would hold beside a call of `chain`, whose first `held` blocks running calls hold."""
+        if not self._pinned_idle:
+            return 0
+        pinned, refs = self._pinned, self._refs
+        return self._pinned_idle - sum(block in pinned and block not in refs for block in chain[held:])
 
     def match(self, chain: Chain) -> int:
         """How many leading blocks of `chain` are resident. O(log len(chain))."""
@@ -150,6 +158,7 @@ class WorkerResidency:
         """`chain`, which has just been computed, is not evicted until `unpin`; a name used again replaces its pin."""
         self.unpin(name)
         self._pins[name] = chain
+        self._pinned_idle += sum(block not in self._pinned and block not in self._refs for block in chain)
         self._pinned.update(chain)
         if not self._following:
             self.store(chain[::-1])
@@ -159,6 +168,7 @@ class WorkerResidency:
             self._pinned[block] -= 1
             if not self._pinned[block]:
                 del self._pinned[block]
+                self._pinned_idle -= block not in self._refs
 
     def pins(self) -> dict[str, int]:
         """Blocks by pin."""
@@ -205,6 +215,7 @@ class WorkerResidency:
         self._held.clear()
         self._pins.clear()
         self._pinned.clear()
+        self._pinned_idle = 0
         self._due = ([], [])
         self._anonymous = 0
 
@@ -215,17 +226,19 @@ class WorkerResidency:
     # -- the pool's mechanics
 
     def _hold(self, chain: Chain) -> None:
-        refs, free = self._refs, self._free
+        refs, free, pinned = self._refs, self._free, self._pinned
         for block in chain:
             count = refs.get(block)
             if count is None:
                 free.pop(block, None)
                 refs[block] = 1
+                if pinned and block in pinned:
+                    self._pinned_idle -= 1
             else:
                 refs[block] = count + 1
 
     def _release(self, chain: Chain) -> None:
-        refs, free = self._refs, self._free
+        refs, free, pinned = self._refs, self._free, self._pinned
         for block in reversed(chain):
             count = refs.get(block, 0)
             if count > 1:
@@ -233,16 +246,20 @@ class WorkerResidency:
             elif count == 1:
                 del refs[block]
                 free[block] = None  # at the recent end, tail before head
+                if pinned and block in pinned:
+                    self._pinned_idle += 1
 
     def _leave(self, chain: Chain) -> None:
         """As `_release`, of a chain that events speak of: those of its last blocks may still be on their way."""
-        refs, told = self._refs, self._told
+        refs, told, pinned = self._refs, self._told, self._pinned
         for block in reversed(chain):
             count = refs.get(block, 0)
             if count > 1:
                 refs[block] = count - 1
             elif count == 1:
                 del refs[block]
+                if pinned and block in pinned:
+                    self._pinned_idle += 1
                 if block not in told:
                     self._free[block] = None
                     self._due[0].append(block)

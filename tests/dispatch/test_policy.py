@@ -192,6 +192,20 @@ def test_shared_blocks_count_once() -> None:
     assert len(assignments) == 6
 
 
+def test_pinned_blocks_that_running_calls_hold_count_once() -> None:
+    prefix = blocks("p", 40)
+    state = fleet(1, capacity=100)
+    state.workers["w0"].residency.pin("p", prefix)
+    assignments = ask(state, *(call(blocks(f"q{i}", 1, prefix), output=8) for i in range(12)))
+    assert len(assignments) == 12
+
+
+def test_pinned_blocks_that_nobody_runs_on_are_left_alone() -> None:
+    state = fleet(1, capacity=100)
+    state.workers["w0"].residency.pin("p", blocks("p", 40))
+    assert len(ask(state, *(call(blocks(f"q{i}", 25), output=8) for i in range(4)))) == 2
+
+
 def test_without_admission_everything_goes_at_once() -> None:
     state = fleet(2, capacity=10, admission=False)
     assert len(ask(state, *(call(blocks(f"a{i}", 8)) for i in range(30)))) == 30

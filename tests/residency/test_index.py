@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,6 +77,30 @@ def test_pins_hold_until_unpinned_or_replaced() -> None:
     index.finish("a")
     index.admit("b", (), 3)
     assert index.match(chain("z")) == 0
+
+
+def test_what_pins_alone_hold_is_kept_count_of() -> None:
+    rng = random.Random(3)
+    index, running, pins = WorkerResidency(1000), dict[str, tuple[int, ...]](), dict[str, tuple[int, ...]]()
+    for step in range(500):
+        some = chain(*rng.choices("abc", k=rng.randint(1, 5)))
+        kind, name = rng.randrange(4), f"n{rng.randrange(4)}"
+        if kind == 0:
+            index.admit(f"c{step}", some, 1)
+            running[f"c{step}"] = some
+        elif kind == 1 and running:
+            done = rng.choice(list(running))
+            index.finish(done)
+            del running[done]
+        elif kind == 2:
+            index.pin(name, some)
+            pins[name] = some
+        else:
+            index.unpin(name)
+            pins.pop(name, None)
+        alone = {b for held in pins.values() for b in held} - {b for held in running.values() for b in held}
+        assert index.pinned_beside((), 0) == len(alone)
+        assert index.pinned_beside(some, 0) == len(alone - set(some))
 
 
 def test_a_wrong_belief_is_corrected() -> None:
