@@ -64,10 +64,10 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
     for name in [name for name in queue.lanes if name not in ready]:
         queue.close(name)
     if queue.unplaced:
-        places = _Places(queue, workers, now)
+        until = {worker.id: _until(queue, worker, now) for worker in workers}
         at_once = max(_LEAST_PLACED, _LOOKED_UP // len(workers))
         for call in nsmallest(at_once, queue.unplaced.values(), key=lambda c: c.rank):
-            _place(state, queue, call, places)
+            _place(state, queue, call, workers, until)
         state.unfinished = state.unfinished or bool(queue.unplaced)
     assignments: list[Assignment] = []
     for worker in workers:
@@ -84,31 +84,21 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
 # -- 1. place
 
 
-class _Places:
-    """The workers that calls are placed on in one decision, and when each would be done with what it has."""
-
-    def __init__(self, queue: Queue, workers: list[WorkerState], now: float) -> None:
-        self.workers = workers
-        self.until = {worker.id: _until(queue, worker, now) for worker in workers}
-        """Worker -> seconds; `_place` brings it up to date."""
-
-    def soonest_first(self, allowed: list[WorkerState]) -> list[WorkerState]:
-        until = self.until
-        return sorted(allowed, key=lambda worker: until[worker.id])
-
-
-def _place(state: DispatchState, queue: Queue, call: QueuedCall, places: _Places) -> None:
-    allowed = [w for w in places.workers if w.id not in call.exclude] if call.exclude else places.workers
-    worker, call.reason, call.lane_work = _cheapest(state, queue, call, allowed or places.workers, places)
+def _place(
+    state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState], until: dict[str, float]
+) -> None:
+    """`until`: when each worker would be done with what it has (`_until`), brought up to date."""
+    allowed = [w for w in workers if w.id not in call.exclude] or workers if call.exclude else workers
+    worker, call.reason, call.lane_work = _cheapest(state, queue, call, allowed, until)
     queue.place(call, worker.id)
-    places.until[worker.id] += call.lane_work * worker.rates.prefill_s
+    until[worker.id] += call.lane_work * worker.rates.prefill_s
 
 
 def _cheapest(
-    state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState], places: _Places
+    state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState], until: dict[str, float]
 ) -> tuple[WorkerState, Reason, float]:
     """The worker for `call`, why, and what it costs there."""
-    settings, until = state.settings, places.until
+    settings = state.settings
     reason: Reason = "balance"
     if call.prefer is not None and any(w.id == call.prefer for w in workers):
         workers, reason = [w for w in workers if w.id == call.prefer], "state"
@@ -119,7 +109,7 @@ def _cheapest(
     elif settings.placement == "least-loaded":
         workers, reason = [min(workers, key=lambda w: (until[w.id], len(w.running)))], "least-loaded"
     best, best_total, best_cost, best_cached, most = workers[0], float("inf"), 0.0, 0, 0
-    for worker in places.soonest_first(workers):
+    for worker in sorted(workers, key=lambda w: until[w.id]):
         if until[worker.id] >= best_total and call.suggestion is None:
             break  # the others are busy for longer than the best needs to be done with the call
         lane = queue.lanes.get(worker.id)

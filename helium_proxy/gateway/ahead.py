@@ -5,7 +5,8 @@ prefix, straight to a worker, on idle capacity alone. It is cut off as soon as t
 (unless that is the very call it was meant for), and it is no call: no run, no metric of calls sees it.
 
 - **pins**, on workers with the plugin: renewed before they lapse by the next call of the prefix, or by a one-token
-  call while the worker idles;
+  call while the worker idles. They keep a workflow's prefixes from other workflows' calls: while its own wait for
+  room, its pins are given back, for they would keep out the calls that they are there for;
 - **re-touching**, on workers without it: a static prefix that others' blocks are about to push out is asked for again
   while the worker idles, and one that was pushed out is prefilled again;
 - **lookahead**: when a call has ended, the prefix of the next one is prefilled while the client still thinks.
@@ -69,7 +70,7 @@ class Ahead:
         self._enabled = settings.pins or settings.prewarm or settings.lookahead
         # -- state
         self._prefixes = Prefixes()
-        self._asked: dict[str, str] = {}  # call under way → the pin its directive names
+        self._asked: dict[str, tuple[str, str]] = {}  # call under way → its directive's verb and the pin it names
         self._wake = asyncio.Event()
         self._turn = 0  # of the workers, whose pins are planned next
         self._sites = Sites(settings, state, self._wake.set)
@@ -118,26 +119,32 @@ class Ahead:
         known = self._state.workers.get(worker.id)
         if known is not None:  # `call` is admitted already: what it found is in its own notes
             site.filled += len(chain) - call.hits.get(worker.id, (0, 0))[1] + known.anonymous_blocks(call)
-        name = name_of(key)
+        name, directive = name_of(key), None
+        speaks = self._settings.pins and worker.facts.has_plugin
         pin = site.pins.planned.get(name)
-        if pin is None or not begins(chain, pin.chain):
-            return None
-        site.used[name] = site.filled
-        if not (self._settings.pins and worker.facts.has_plugin):
-            return None
-        directive = site.pins.directive(name, call.block_size, now)
+        if pin is not None and begins(chain, pin.chain):
+            site.used[name] = site.filled
+            directive = site.pins.directive(name, call.block_size, now) if speaks else None
+        if directive is None and speaks:
+            directive = site.pins.give_back()
         if directive is not None:
-            self._asked[call.id] = name
+            self._asked[call.id] = next(iter(directive.items()))
         return directive
 
     def done(self, call: QueuedCall, worker: str, *, ok: bool, report: Mapping[str, Any] | None, whole: bool) -> None:
         """A call that was `sent` is over. `report`: the engine's word on the directive, which only `whole` answers
         (not streams) carry."""
-        name = self._asked.pop(call.id, None)
+        verb, name = self._asked.pop(call.id, ("", ""))
         site = self._sites.get(worker)
-        if name is None or site is None:
+        if not name or site is None:
             return
-        if not ok:
+        if verb == "unpin":
+            if ok:
+                metrics.DIRECTIVES.labels(verb, "ok").inc()
+                self._unpinned(site, worker, name)
+            else:
+                site.pins.kept(name)
+        elif not ok:
             site.pins.forget(name)
         elif whole and (report is None or report.get("error")):
             metrics.DIRECTIVES.labels("pin", "error").inc()
@@ -200,7 +207,11 @@ class Ahead:
             budget = min(budget, worker.facts.pin_budget_blocks)
         least = max(1, settings.min_tokens // size)
         # A lone use is forgotten after its half-life.
-        wanted = self._prefixes.used_on(worker.id, now, least_blocks=least, least_uses_s=0.5 / MEMORY_S)
+        lanes = [queue.lanes[worker.id] for queue in self._state.queues.values() if worker.id in queue.lanes]
+        waiting = {group for lane in lanes for _, group in lane.groups}
+        wanted = self._prefixes.used_on(
+            worker.id, now, least_blocks=least, least_uses_s=0.5 / MEMORY_S, without=waiting
+        )
         pins = choose(busiest(wanted, 4 * budget), budget, known.rates.seconds(size, 0), least)
         for name in site.pins.plan(pins, now):
             known.residency.unpin(name)
@@ -273,10 +284,7 @@ class Ahead:
         if ok and verb == "renew":
             site.pins.renewed(name, self._clock())
             return
-        site.pins.dropped(name)
-        known = self._state.workers.get(worker.id)
-        if known is not None:
-            known.residency.unpin(name)
+        self._unpinned(site, worker.id, name)
 
     # -- helpers
 
@@ -284,4 +292,10 @@ class Ahead:
         chain, known = site.pins.obeyed(name), self._state.workers.get(worker)
         if chain is not None and known is not None:
             known.residency.pin(name, chain)
+            known.version += 1
+
+    def _unpinned(self, site: Site, worker: str, name: str) -> None:
+        site.pins.dropped(name)
+        if (known := self._state.workers.get(worker)) is not None:
+            known.residency.unpin(name)
             known.version += 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -104,10 +104,14 @@ class Prefixes:
             return None
         return Prefix(name_of(key), node.chain[:blocks], 0.0, node.source)
 
-    def used_on(self, worker: str, now: float, *, least_blocks: int, least_uses_s: float) -> list[Prefix]:
-        """Static prefixes that `worker` serves, the cold and the short left out."""
+    def used_on(
+        self, worker: str, now: float, *, least_blocks: int, least_uses_s: float, without: Container[str] = ()
+    ) -> list[Prefix]:
+        """Static prefixes that `worker` serves, the cold, the short and those of the templates `without` left out."""
         found = []
         for key, node in self._nodes.items():
+            if key[0] in without:
+                continue
             count, since = node.uses.get(worker, (0.0, now))
             uses_s = count * math.exp((since - now) / MEMORY_S) / MEMORY_S
             blocks = min(node.common, default=0)
@@ -247,6 +251,21 @@ class PinBook:
     def surplus(self) -> list[str]:
         """Pins that nobody wants any more."""
         return [name for name, held in self._held.items() if held.sure and name not in self.planned]
+
+    def give_back(self) -> dict[str, Any] | None:
+        """What to send along with any call to get rid of a surplus pin; None: there is none. `dropped` or `kept` says
+        how it went."""
+        name = next(iter(self.surplus()), None)
+        if name is None:
+            return None
+        self._held[name].sure = False  # so that the next call does not ask, too
+        return {"unpin": name}
+
+    def kept(self, name: str) -> None:
+        """The call that was to give it back failed."""
+        held = self._held.get(name)
+        if held is not None:
+            held.sure = True
 
     def dropped(self, name: str) -> None:
         self._held.pop(name, None)

@@ -81,7 +81,7 @@ class WorkerResidency:
         return len(self._pinned)
 
     def pinned_beside(self, chain: Chain, held: int) -> int:
-        """Blocks that pins alone would hold beside a call of `chain`, whose first `held` blocks running calls hold."""
+        """Blocks that pins alone would hold beside a call of `chain`, whose first `held` blocks are held already."""
         if not self._pinned_idle:
             return 0
         pinned, refs = self._pinned, self._refs
