@@ -51,9 +51,9 @@ _SECTIONS: tuple[sections.Section, ...] = (
     sections.campaign_section(
         "h100",
         "Six shapes on eight engines at an H100's rates",
-        "Embedded engines behind the same real peers. Their rates are a roofline of published figures, slowed down "
-        "to a quarter, so that two cores are enough for eight engines, their HTTP servers, proxy and client: the "
-        "times are not a GPU's.",
+        "Embedded engines behind the same real peers. Their rates are a roofline of published figures, here slowed "
+        "down where the setting says so, lest two cores be too few for eight engines, their HTTP servers, proxy and "
+        "client: the times are not a GPU's.",
     ),
     sections.campaign_section(
         "two_day",
@@ -91,12 +91,10 @@ def render(results: sections.Results) -> str:
 
 
 _ON_A_GPU = (
-    "Stock vLLM, random weights of Qwen3-8B's shape, CUDA graphs for decode, no `torch.compile`. Two engines *share* "
-    "one GPU, which runs one or the other at a time: what one leaves idle the other has, so that balance is worth "
-    "nothing here and a router that sends everything to one engine decodes in fewer, larger batches (iterative: "
-    "`sglang` and `vllm-router` used one engine of the two). Engines that have a GPU each lose that time. In "
-    "bfloat16 greedy replies change with the batch, and replies are parts of later prompts: *outputs differ* says "
-    "nothing about the systems."
+    "Stock vLLM, random weights. Engines that share a GPU take turns on it: what one leaves idle the other has, so "
+    "that balance is worth nothing, and a router that keeps to one engine decodes in fewer, larger batches. Engines "
+    "that have a GPU each lose that time. In bfloat16 greedy replies change with the batch, and replies are parts of "
+    "later prompts: *outputs differ* says nothing about the systems."
 )
 
 

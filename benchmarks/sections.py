@@ -42,8 +42,9 @@ def engines_of(about: dict[str, Any]) -> str:
     if "cards" not in about:
         return f"`{about['campaign']['engines']}`"
     places = about["gpus"].split(",")
+    shared = "sharing" if len(set(places)) < len(places) else "on"
     cards = " and ".join(about["cards"]) or "no GPU"
-    return f"{len(places)} × {about['engine_versions'][0]} ({about['model']}) on {cards}"
+    return f"{len(places)} × {about['engine_versions'][0]} ({about['model']}) {shared} {cards}"
 
 
 def setting(result: dict[str, Any]) -> str:
@@ -57,11 +58,13 @@ def setting(result: dict[str, Any]) -> str:
         speed = f", profile `{options['profile']}`{scale}"
     counts = Counter((m["shape"], m["system"], m["phase"]) for m in result["measurements"]).values()
     repeats = "–".join(str(count) for count in sorted({min(counts, default=0), max(counts, default=0)}))
+    repeats = "One repeat" if repeats == "1" else f"{repeats} interleaved repeats"
+    extra = " ".join(f"`{argument}`" for argument in about.get("engine_args", ()))
     return (
-        f"Engines: {engines_of(about)}{speed}, each with {_kv(about)}. "
+        f"Engines: {engines_of(about)}{speed}, each with {_kv(about)}{extra and f', started with {extra}'}. "
         f"Prompts in tokens: static {sizes['static']}, context "
         f"{sizes['context']}, question {sizes['question']}, output {sizes['output']}. "
-        f"{repeats} interleaved repeats. "
+        f"{repeats}. "
         f"{about['cpu']}, {about['cores']} cores; {about['date'][:10]}, commit `{about['commit']}`."
     )
 

@@ -37,9 +37,10 @@ def kv_bytes_per_token(model: Path) -> int:
     return 2 * 2 * int(config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"])
 
 
-def cards() -> list[str]:
-    """Names and memory of the GPUs; empty where there is none."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+def cards(places: list[str]) -> list[str]:
+    """Names and memory of the GPUs at `places`; empty where there is none."""
+    which = ",".join(sorted(set(places)))
+    command = ["nvidia-smi", "-i", which, "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
     except (OSError, subprocess.CalledProcessError):
@@ -157,7 +158,7 @@ def main(vllm_python: str, shape: str, gpus: str, blocks: int, sizes: str, **opt
         repeats=options["repeats"],
         scale=options["scale"],
     )
-    about = {"gpus": gpus, "cards": cards(), "model": shape, "engine_args": list(options["extra"])}
+    about = {"gpus": gpus, "cards": cards(places), "model": shape, "engine_args": list(options["extra"])}
     try:
         result = asyncio.run(measure(servers, campaign, about, console, options["out"]))
     except StartFailed as failure:
@@ -166,6 +167,8 @@ def main(vllm_python: str, shape: str, gpus: str, blocks: int, sizes: str, **opt
         for server in servers:
             server.stop()
     tables.show(console, [Measurement(**m) for m in result["measurements"]])
+    if options["out"]:
+        console.print(f"saved as {options['out']}.json in benchmarks/results")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_a_gpu_s_section_names_card_and_engine(folder: Path) -> None:
     found["about"]["campaign"]["engines"] = "http://127.0.0.1:1,http://127.0.0.1:2"
     found["about"] |= {"gpus": "0,0", "cards": ["NVIDIA H200"], "model": "qwen3-8b", "engine_versions": ["vllm 1.2"]}
     text = report.render({"gpu": found})
-    assert "Engines: 2 × vllm 1.2 (qwen3-8b) on NVIDIA H200, each with" in text
+    assert "Engines: 2 × vllm 1.2 (qwen3-8b) sharing NVIDIA H200, each with" in text
     assert "1–2 interleaved repeats" in text
 
 

@@ -1,8 +1,7 @@
-"""Placement and order, decided without a network and without a clock."""
+"""Placement, admission and take-over, decided without a network and without a clock."""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from typing import Any
 
@@ -11,58 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from helium_proxy.dispatch.policy import decide
-from helium_proxy.dispatch.settings import DispatchSettings
-from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall, WorkerState
-from helium_proxy.types import Hints
+from helium_proxy.dispatch.state import Assignment, QueuedCall
 
-SIZE = 16
-_names = itertools.count()
-
-
-def blocks(name: str, count: int, after: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """A chain of `count` blocks of its own behind `after`."""
-    return after + tuple(hash((name, i, after[-1:])) for i in range(count))
-
-
-def call(chain: tuple[int, ...] = (), output: float = 16, **fields: Any) -> QueuedCall:
-    hints = Hints(**{k: fields.pop(k) for k in list(fields) if k in Hints.__dataclass_fields__})
-    base: dict[str, Any] = {"id": f"c{next(_names)}", "model": "demo", "tenant": "t", "arrived_at": 0.0}
-    base |= {"chain": chain, "block_size": SIZE, "prompt_tokens": len(chain) * SIZE + 5, "output_tokens": output}
-    return QueuedCall(**{**base, "hints": hints, **fields})
-
-
-def fleet(count: int = 2, capacity: int | None = 10_000, **options: Any) -> DispatchState:
-    state = DispatchState(DispatchSettings(**options))
-    for i in range(count):
-        state.workers[f"w{i}"] = WorkerState(f"w{i}", frozenset({"demo"}), SIZE, capacity)
-    return state
-
-
-def ask(state: DispatchState, *calls: QueuedCall, now: float = 0.0) -> list[Assignment]:
-    for one in calls:
-        state.enqueue(one, now)
-    return decide(state, now)
-
-
-def finish(state: DispatchState, assignment: Assignment) -> None:
-    assert state.release(assignment.worker, assignment.call.id, 0.0)
-
-
-def in_turn(state: DispatchState) -> list[QueuedCall]:
-    """The order in which calls start when one runs at a time."""
-    order: list[QueuedCall] = []
-    started = decide(state, 0.0)
-    while started:
-        order += [a.call for a in started]
-        for assignment in started:
-            finish(state, assignment)
-        started = decide(state, 0.0)
-    return order
-
-
-def one_by_one(**options: Any) -> DispatchState:
-    return fleet(1, max_running=1, default_running=1, **options)
-
+from .fleets import SIZE, ask, blocks, call, finish, fleet
 
 # -- where
 
@@ -218,96 +168,6 @@ def test_an_idle_worker_is_used_though_the_prefix_is_elsewhere() -> None:
     second = ask(state, call(blocks("q", 1, prefix), output=600))
     assert len(first) == len(second) == 1
     assert {first[0].worker, second[0].worker} == {"w0", "w1"}
-
-
-# -- in which order
-
-
-def test_a_client_s_priority_goes_before_everything() -> None:
-    state = one_by_one()
-    calls = [call(priority=p, tenant=t) for p, t in ((3, "a"), (0, "b"), (-7, "a"), (0, "a"), (5, "b"))]
-    for one in calls:
-        state.enqueue(one, 0.0)
-    assert [c.hints.priority for c in in_turn(state)] == [-7, 0, 0, 3, 5]
-
-
-def test_older_runs_first_and_in_a_run_the_longest_remaining_path() -> None:
-    state = one_by_one()
-    old_short, new = call(run_seq=1, path_output_tokens=10), call(run_seq=2, path_output_tokens=5000)
-    old_long = call(run_seq=1, path_output_tokens=900)
-    for now, one in enumerate((old_short, new, old_long)):
-        state.enqueue(one, float(now))
-    assert in_turn(state) == [old_long, old_short, new]
-
-
-def test_fifo_is_by_arrival() -> None:
-    state = one_by_one(ordering="fifo")
-    calls = [call(run_seq=5 - i, path_output_tokens=100 * i) for i in range(5)]
-    for now, one in enumerate(calls):
-        state.enqueue(one, float(now))
-    assert in_turn(state) == calls
-
-
-def test_a_call_that_must_start_soon_to_be_in_time_goes_first() -> None:
-    state = one_by_one()
-    plain, relaxed = call(arrived_at=100.0), call(deadline_s=1000.0, arrived_at=100.0)
-    urgent = call(output=10_000, deadline_s=10.0, arrived_at=100.0)
-    for one in (plain, relaxed, urgent):
-        state.enqueue(one, 100.0)
-    assert in_turn(state) == [urgent, plain, relaxed]
-
-
-def test_equal_tenants_get_equal_shares() -> None:
-    state = one_by_one()
-    for i in range(60):
-        state.enqueue(call(tenant="large", run_seq=1), float(i))
-    for i in range(10):
-        state.enqueue(call(tenant="small", run_seq=2), 60.0 + i)
-    order = [c.tenant for c in in_turn(state)]
-    assert order[:22].count("small") == 10, "a tenant waits for its own calls, not for another's"
-
-
-def test_a_tenant_saves_up_no_credit() -> None:
-    state = one_by_one()
-    for _ in range(50):
-        state.enqueue(call(tenant="a"), 0.0)
-    in_turn(state)
-    for i in range(20):
-        state.enqueue(call(tenant="ab"[i % 2]), 1.0)
-    order = [c.tenant for c in in_turn(state)]
-    assert 4 <= order[:10].count("a") <= 6
-
-
-def test_a_small_run_waits_at_most_twice_as_long_as_in_fifo_order() -> None:
-    """A call that arrives behind a large workflow: its place with the policy against its place by arrival."""
-    for behind in (1, 10, 100, 400):
-        places = {}
-        for ordering in ("run", "fifo"):
-            state = one_by_one(ordering=ordering, window=1000)
-            for i in range(behind):
-                state.enqueue(call(run_seq=1, path_output_tokens=100.0, group="large"), i * 0.01)
-            small = call(run_seq=2, group="small")
-            state.enqueue(small, behind * 0.01)
-            for i in range(400):  # the large one goes on and on
-                state.enqueue(call(run_seq=1, path_output_tokens=900.0, group="large"), behind * 0.01 + i)
-            places[ordering] = in_turn(state).index(small) + 1
-        assert places["run"] <= 2 * places["fifo"], behind
-
-
-def test_the_rank_fits_the_engine_s_integer() -> None:
-    state = fleet(1)
-    for priority in (-(2**31), 2**31 - 1, 0):
-        (assignment,) = ask(state, call(priority=priority), now=1e6)
-        assert -(2**31) < assignment.engine_priority < 2**31
-
-
-def test_a_prompt_of_full_blocks_recomputes_its_last() -> None:
-    state = fleet(1)
-    whole = blocks("p", 4)
-    (first,) = ask(state, call(whole, prompt_tokens=4 * SIZE))
-    finish(state, first)
-    (again,) = ask(state, call(whole, prompt_tokens=4 * SIZE))
-    assert again.cached_tokens == 3 * SIZE
 
 
 # -- side by side

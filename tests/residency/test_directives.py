@@ -75,7 +75,7 @@ def test_uses_are_counted_by_worker_and_fade() -> None:
     prefixes = Prefixes()
     for run in range(4):
         prefixes.learn(KEY, str(run), chain(1, 2, run + 10), "a" if run else "b", float(run))
-    (a,) = prefixes.used_on("a", 4.0, least_blocks=1, least_uses_s=0.0)
+    (a,) = prefixes.used_on("a", 4.0, least_blocks=1, least_uses_s=0.0, without={"of another workflow"})
     (b,) = prefixes.used_on("b", 4.0, least_blocks=1, least_uses_s=0.0)
     assert a.uses_s == pytest.approx(3 / MEMORY_S, rel=0.01)
     assert b.uses_s == pytest.approx(1 / MEMORY_S, rel=0.01)
@@ -210,6 +210,22 @@ def test_pins_lapse_are_renewed_and_given_back() -> None:
     assert pins.surplus() == ["p"]
     assert pins.plan([], 170.0) == ["p"]
     assert not pins.held("p")
+
+
+def test_a_surplus_pin_is_given_back_along_with_one_call() -> None:
+    pins = book(PIN)
+    assert pins.give_back() is None
+    pins.directive("p", 16, 0.0)
+    pins.plan([], 1.0)
+    assert pins.give_back() is None, "nobody knows yet whether it holds"
+    pins.obeyed("p")
+    assert pins.give_back() == {"unpin": "p"}
+    assert pins.give_back() is None, "one call says so"
+    pins.kept("p")
+    assert pins.give_back() == {"unpin": "p"}, "that call failed"
+    pins.dropped("p")
+    pins.kept("p")
+    assert pins.give_back() is None
 
 
 def test_a_restart_takes_all() -> None:

@@ -79,14 +79,17 @@ def test_pins_hold_until_unpinned_or_replaced() -> None:
     assert index.match(chain("z")) == 0
 
 
-def test_what_pins_alone_hold_is_kept_count_of() -> None:
+@pytest.mark.parametrize("following", [False, True])
+def test_what_pins_alone_hold_is_kept_count_of(following: bool) -> None:
     rng = random.Random(3)
     index, running, pins = WorkerResidency(1000), dict[str, tuple[int, ...]](), dict[str, tuple[int, ...]]()
+    if following:
+        index.follow(())
     for step in range(500):
         some = chain(*rng.choices("abc", k=rng.randint(1, 5)))
         kind, name = rng.randrange(4), f"n{rng.randrange(4)}"
         if kind == 0:
-            index.admit(f"c{step}", some, 1)
+            index.admit(f"c{step}", some, 1, exact=following)
             running[f"c{step}"] = some
         elif kind == 1 and running:
             done = rng.choice(list(running))

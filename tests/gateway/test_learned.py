@@ -1,0 +1,138 @@
+"""What the proxy learns of its workers, from probes and KV events."""
+
+from __future__ import annotations
+
+import random
+
+from serving import Engine, Proxy, Seen, Stack, answer, until
+
+from .reviews import probed, words
+
+ANYWHERE = "tcp://127.0.0.1:0"
+
+
+async def test_a_worker_is_asked_for_what_it_can_do(stack: Stack) -> None:
+    engine = await stack.engine(policy="priority")
+    proxy = await stack.proxy(engine)
+    await probed(proxy)
+    (worker,) = proxy.services.pool.all()
+    assert worker.facts.has_priority
+    assert (await proxy.chat(helium={"priority": 3})).status_code == 200
+
+
+async def test_an_engine_that_refuses_priorities_is_sent_none(stack: Stack) -> None:
+    async def refuse(seen: Seen) -> None:
+        if "priority" in seen.body:
+            await seen.json({"error": {"message": "Priority scheduling is not enabled"}}, 400)
+        else:
+            await answer(seen)
+
+    worker = await stack.fake(always=refuse)
+    worker.card = lambda model: {"id": model, "owned_by": "vllm"}  # type: ignore[method-assign]
+    proxy = await stack.proxy(worker)
+    await until(lambda: len(worker.seen) == 2)
+    assert (await proxy.chat()).status_code == 200
+    assert [s.path for s in worker.seen[:2]] == ["/v1/completions"] * 2
+
+
+async def test_other_engines_are_not_asked(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    await proxy.chat()
+    assert [s.path for s in worker.seen] == ["/v1/chat/completions"]
+    (watched,) = proxy.services.pool.all()
+    assert not watched.facts.has_priority
+
+
+async def test_a_refusal_teaches_nothing_and_breaks_nothing(stack: Stack) -> None:
+    async def refuse(seen: Seen) -> None:
+        await seen.json({"error": {"message": "The model does not support Completions API"}}, 400)
+
+    worker = await stack.fake()
+    worker.card = lambda model: {"id": model, "owned_by": "vllm"}  # type: ignore[method-assign]
+    worker.always = refuse
+    proxy = await stack.proxy(worker)
+    await until(lambda: worker.seen)
+    assert worker.seen[0].body["priority"] == 1
+    (watched,) = proxy.services.pool.all()
+    assert (watched.state, watched.facts.has_priority, watched.facts.has_plugin) == ("up", False, False)
+    assert [s.path for s in worker.seen].count("/v1/completions") == 1
+
+
+async def test_a_restarted_worker_is_asked_again(stack: Stack) -> None:
+    worker = await stack.fake()
+    worker.card = lambda model: {"id": model, "owned_by": "vllm"}  # type: ignore[method-assign]
+    worker.prompt_tokens = 100
+    proxy = await stack.proxy(worker, pool={"metrics_interval_s": 0.02})
+    (watched,) = proxy.services.pool.all()
+    await until(lambda: watched.facts.has_priority and watched.facts.prompt_tokens == 100)
+
+    async def refuse(seen: Seen) -> None:
+        await seen.json({"error": {"message": "Priority scheduling is not enabled"}}, 400)
+
+    worker.always = refuse
+    worker.prompt_tokens = 0
+    await until(lambda: not watched.facts.has_priority)
+    assert watched.epoch == 2
+
+
+async def test_the_mirror_is_what_the_engine_s_events_say(stack: Stack) -> None:
+    """Calls of shared prefixes through a KV cache a fraction of their size: what was predicted is what was found."""
+    engine = await stack.engine(num_blocks=128, max_model_len=1024, kv_events=ANYWHERE, kv_events_replay=ANYWHERE)
+    proxy = await stack.proxy(engine, reuse={"enabled": False, "coalesce": False})
+    (worker,) = proxy.services.pool.all()
+    await until(lambda: proxy.services.events.followed(worker.id))
+    mirror = proxy.services.dispatcher.state.workers[worker.id].residency
+    chance = random.Random(7)
+    prefixes = [words(60, i) for i in range(12)]
+    errors, hits = [], 0
+    for turn in range(60):
+        if turn % 10 == 9:  # another client of the engine, of whom only its events tell
+            await direct(proxy, engine, words(80, 1000 + turn))
+        text = chance.choice(prefixes) + f" {turn}"
+        response = await proxy.chat(text, max_tokens=4, ignore_eos=True, helium={"run": f"r{turn}"})
+        actual = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        run = (await proxy.client.get(f"/helium/runs/r{turn}")).json()
+        predicted = run["nodes"][0]["predicted_cached_tokens"]
+        errors.append(abs(predicted - actual))
+        hits += actual > 0
+    assert hits > 10, "there was something to predict"
+    assert sum(e <= 16 for e in errors) >= 0.95 * len(errors), errors
+    assert mirror.statistics().free <= 128
+
+
+async def direct(proxy: Proxy, engine: Engine, text: str) -> None:
+    body = {"model": "demo", "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+    response = await proxy.client.post(f"{engine.url}/v1/chat/completions", json=body)
+    assert response.status_code == 200
+
+
+async def test_a_reset_cache_is_noticed(stack: Stack) -> None:
+    engine = await stack.engine(kv_events=ANYWHERE, kv_events_replay=ANYWHERE)
+    proxy = await stack.proxy(engine)
+    (worker,) = proxy.services.pool.all()
+    await until(lambda: proxy.services.events.followed(worker.id))
+    mirror = proxy.services.dispatcher.state.workers[worker.id].residency
+    await proxy.chat(words(100, 1))
+    await until(lambda: mirror.statistics().free > 10)
+    assert (await proxy.client.post(f"{engine.url}/reset_prefix_cache")).status_code == 200
+    await proxy.chat("short")  # the engine's next step tells
+    await until(lambda: mirror.statistics().free < 10)
+
+
+async def test_following_ends_with_the_worker(stack: Stack) -> None:
+    engine = await stack.engine(kv_events=ANYWHERE, kv_events_replay=ANYWHERE)
+    proxy = await stack.proxy(engine)
+    (worker,) = proxy.services.pool.all()
+    await until(lambda: proxy.services.events.followed(worker.id))
+    await proxy.client.delete(f"/helium/workers/{worker.id}")
+    await until(lambda: not proxy.services.events.followed(worker.id))
+
+
+async def test_passthrough_asks_nothing_and_follows_nobody(stack: Stack) -> None:
+    engine = await stack.engine(policy="priority", kv_events=ANYWHERE)
+    proxy = await stack.proxy(engine, mode="passthrough")
+    await proxy.chat()
+    (worker,) = proxy.services.pool.all()
+    assert not worker.facts.has_priority
+    assert not proxy.services.events.followed(worker.id)
