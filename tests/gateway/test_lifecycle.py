@@ -38,7 +38,8 @@ class Process:
 
     async def read_log(self) -> None:
         assert self.child.stderr is not None
-        self.log += (await self.child.stderr.read()).decode()
+        while line := await self.child.stderr.readline():
+            self.log += line.decode()
 
 
 @asynccontextmanager
@@ -168,11 +169,10 @@ async def test_sighup_takes_over_keys_and_workers(stack: Stack, tmp_path: Path) 
             await until(moved)
             config.write_text("workerz: []")
             process.child.send_signal(signal.SIGHUP)
-            await asyncio.sleep(0.1)
+            await until(lambda: "did you mean workers" in process.log)
             assert await status("sk-new") == 200, "a bad file changes nothing"
         process.child.send_signal(signal.SIGINT)
         assert await asyncio.wait_for(process.child.wait(), 10) == 0
-    assert "did you mean workers" in process.log
     assert "sk-" not in process.log
 
 
