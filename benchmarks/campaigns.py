@@ -115,7 +115,8 @@ _LOOKAHEAD = replace(
     shapes=("iterative_think", "debate_think"),
     systems=("helium", "helium-no-lookahead"),
     options=EngineOptions(blocks=512, block_size=32, kv_events=True),
-    batches=(("iterative_think", 4), ("debate_think", 4)),
+    batches=(("iterative_think", 2), ("debate_think", 2)),
+    repeats=5,
     stream_every=1,
     warmup=3,
 )

@@ -46,6 +46,8 @@ class CallRecord:
     retries: int
     cache: str | None
     """The response's ``X-Helium-Cache``, where there is one."""
+    follows: bool = False
+    """The call has parents: a reply came before it."""
 
 
 def leave_alone(body: dict[str, Any], call: Call) -> None:
@@ -127,6 +129,7 @@ class HttpCaller:
                         reply=reply,
                         retries=retry,
                         cache=cache,
+                        follows=bool(call.parents),
                     )
                 )
                 return reply

@@ -251,7 +251,10 @@ def _measurement(
 ) -> Measurement:
     records = caller.records
     calls = [] if system.plan else [record.end - record.start for record in records]
-    firsts = [record.first_token - record.start for record in records if record.first_token is not None]
+    streamed = [
+        (record.first_token - record.start, record.follows) for record in records if record.first_token is not None
+    ]
+    firsts, following = [first for first, _ in streamed], [first for first, follows in streamed if follows]
     runs = list(latencies.values())
     work = [delta.computed_tokens + plan.decode_cost * delta.generated_tokens for delta in deltas]
     return Measurement(
@@ -272,6 +275,7 @@ def _measurement(
         call_p95=quantile(calls, 0.95) if calls else None,
         ttft_p50=quantile(firsts, 0.5) if firsts else None,
         ttft_p95=quantile(firsts, 0.95) if firsts else None,
+        ttft_follows_p50=quantile(following, 0.5) if following else None,
         computed_tokens=sum(delta.computed_tokens for delta in deltas),
         minimum_tokens=fewest[0],
         minimum_without_reuse=fewest[1],

@@ -246,28 +246,34 @@ def lookahead(results: Results, folder: Path) -> str:
     """Time to first token with and without prefilling while the client thinks."""
     if "lookahead" not in results:
         return ""
-    table = table_of(results["lookahead"])
+    measured = [Measurement(**m) for m in results["lookahead"]["measurements"]]
+
+    def of(system: str, shape: str, field: str) -> float:
+        values: list[float | None] = [getattr(m, field) for m in measured if (m.system, m.shape) == (system, shape)]
+        return median([value for value in values if value is not None] or [math.nan])
+
     body = []
-    for shape in dict.fromkeys(row.shape for row in table):
-        on, off = (
-            next(r for r in table if r.shape == shape and r.system == system)
+    for shape in dict.fromkeys(m.shape for m in measured):
+        first_on, first_off, call_on, call_off = (
+            of(system, shape, field)
+            for field in ("ttft_follows_p50", "call_p95")
             for system in ("helium", "helium-no-lookahead")
         )
-        if on.ttft_p50 and off.ttft_p50 and on.call_p95 and off.call_p95:
-            body.append(
-                [
-                    shape.replace("_", " "),
-                    f"{off.ttft_p50:.3f}",
-                    f"{on.ttft_p50:.3f}",
-                    f"{off.ttft_p50 / on.ttft_p50:.2f} ×",
-                    f"{off.call_p95:.2f}",
-                    f"{on.call_p95:.2f} ({on.call_p95 / off.call_p95 - 1:+.0%})",
-                ]
-            )
+        body.append(
+            [
+                shape.replace("_", " "),
+                f"{first_off:.3f}",
+                f"{first_on:.3f}",
+                f"{first_off / first_on:.2f} ×",
+                f"{call_off:.2f}",
+                f"{call_on:.2f} ({call_on / call_off - 1:+.0%})",
+            ]
+        )
     head = ["shape", "TTFT p50 s without", "with", "ratio", "call p95 s without", "with"]
     return (
         "## While the client thinks\n\nThe client pauses for half a second before every call that has parents; the "
-        "template, learned from three runs, says what comes, and its prefix is prefilled meanwhile. "
+        "template, learned from three runs, says what comes, and its prefix is prefilled meanwhile. TTFT is that of "
+        "the calls that have parents: before a run's first calls nothing is known. "
         f"{setting(results['lookahead'])}\n\n{markdown_table(head, body)}"
     )
 

@@ -54,6 +54,8 @@ class Measurement:
     """Computed calls of which the proxy says what it had predicted to be cached; 0: not one of ours."""
     predicted_within_block: int = 0
     """Those of them where that was within one KV block of what the engine found cached."""
+    ttft_follows_p50: float | None = None
+    """As `ttft_p50`, of calls that have parents: of them something could be known beforehand."""
     tenants: dict[str, dict[str, float]] = field(default_factory=dict)
     """Per tenant of mixed traffic: run p50 and p95."""
 

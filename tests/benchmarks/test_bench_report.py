@@ -76,6 +76,18 @@ def test_predictions_are_counted_with_events_and_without(folder: Path) -> None:
     assert "| all | 95.0% of 20 | 80.0% of 10 |" in text
 
 
+def test_lookahead_is_judged_by_the_calls_that_follow_others(folder: Path) -> None:
+    firsts = {"helium": (0.2, 0.4, 0.3), "helium-no-lookahead": (0.6, 0.9, 0.5)}
+    measured = [
+        measurement(system, 1.0, shape="debate_think", ttft_p50=9.0, ttft_follows_p50=first, call_p95=2.0)
+        for system, seen in firsts.items()
+        for first in seen
+    ]
+    assert "| debate think | 0.600 | 0.300 | 2.00 × | 2.00 | 2.00 (+0%) |" in report.render(
+        {"lookahead": result(*measured)}
+    )
+
+
 def test_a_gpu_s_section_names_card_and_engine(folder: Path) -> None:
     found = result(measurement("rr", 2.0), measurement("helium", 1.0), measurement("helium", 3.0))
     found["about"]["campaign"]["engines"] = "http://127.0.0.1:1,http://127.0.0.1:2"
