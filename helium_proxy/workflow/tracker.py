@@ -18,10 +18,11 @@ from helium_proxy.types import Arrival, CallRequest, Hints, Outcome
 from helium_proxy.workflow import export, tags
 from helium_proxy.workflow.forecast import Forecast, Prediction, fill
 from helium_proxy.workflow.graph import Call, Run
-from helium_proxy.workflow.infer import Link, ReplyIndex
+from helium_proxy.workflow.infer import Link, infer
 from helium_proxy.workflow.nodes import Identities
 from helium_proxy.workflow.prompt import Message, MessageCache, Prompt
 from helium_proxy.workflow.recall import Recall
+from helium_proxy.workflow.reply_index import ReplyIndex
 from helium_proxy.workflow.runs import Runs
 from helium_proxy.workflow.settings import WorkflowSettings
 from helium_proxy.workflow.skeleton import Rendered
@@ -157,7 +158,7 @@ class Workflows:
         links: list[Link] = []
         if self.settings.inference and (read.parents is None or read.parents):
             known = read.parents is not None and not self._runs.ambiguous(home, read.parents)
-            links = tenant.replies.match(prompt, home, read.workflow, prefix_only=known)
+            links = infer(tenant.replies, prompt, home, read.workflow, prefix_only=known)
             if read.parents is None and prompt.previous is not None:
                 links = self._previous(tenant, prompt, home, links)
         if self.settings.strict and read.parents:
