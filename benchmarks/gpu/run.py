@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -158,7 +159,13 @@ def main(vllm_python: str, shape: str, gpus: str, blocks: int, sizes: str, **opt
         repeats=options["repeats"],
         scale=options["scale"],
     )
-    about = {"gpus": gpus, "cards": cards(places), "model": shape, "engine_args": list(options["extra"])}
+    about: dict[str, Any] = {
+        "gpus": gpus,
+        "cards": cards(places),
+        "model": shape,
+        "engine_args": list(options["extra"]),
+    }
+    about["engine_args"] += [f"{name}={value}" for name, value in sorted(os.environ.items()) if name[:5] == "VLLM_"]
     try:
         result = asyncio.run(measure(servers, campaign, about, console, options["out"]))
     except StartFailed as failure:
