@@ -159,13 +159,9 @@ def main(vllm_python: str, shape: str, gpus: str, blocks: int, sizes: str, **opt
         repeats=options["repeats"],
         scale=options["scale"],
     )
-    about: dict[str, Any] = {
-        "gpus": gpus,
-        "cards": cards(places),
-        "model": shape,
-        "engine_args": list(options["extra"]),
-    }
-    about["engine_args"] += [f"{name}={value}" for name, value in sorted(os.environ.items()) if name[:5] == "VLLM_"]
+    environment = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("VLLM_")]
+    about: dict[str, Any] = {"gpus": gpus, "cards": cards(places), "model": shape}
+    about["engine_args"] = [*options["extra"], *environment]
     try:
         result = asyncio.run(measure(servers, campaign, about, console, options["out"]))
     except StartFailed as failure:
