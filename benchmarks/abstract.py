@@ -100,15 +100,10 @@ class Prefix:
 
     def extend(self, key: int, tokens: int, block: int) -> Prefix:
         """With `tokens` tokens of the piece `key` appended."""
-        pending, fill, offset = self.pending, self.fill, 0
-        if tokens < block - fill:
-            return Prefix(self.hashes, (*pending, (key, 0)), fill + tokens)
-        hashes = list(self.hashes)
-        while tokens - offset >= block - fill:
-            parent = hashes[-1] if hashes else 0
-            hashes.append(hash((parent, *pending, (key, offset))))
-            offset += block - fill
-            pending, fill = (), 0
-        if offset < tokens:
-            pending, fill = (*pending, (key, offset)), fill + tokens - offset
-        return Prefix(tuple(hashes), pending, fill)
+        full, rest = divmod(self.fill + tokens, block)
+        if not full:
+            return Prefix(self.hashes, (*self.pending, (key, 0)), rest)
+        # The first of these blocks depends on all before it, and what follows in the same piece on the first alone.
+        first = hash((self.hashes[-1] if self.hashes else 0, *self.pending, (key, 0)))
+        hashes = (*self.hashes, *range(first, first + full))
+        return Prefix(hashes, ((key, tokens - rest),) if rest else (), rest)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from helium_proxy.dispatch.policy import decide
 from helium_proxy.dispatch.settings import DispatchSettings
-from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall, WorkerState
+from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall
 from helium_proxy.engine import EngineConfig, Request, Scheduler
 from helium_proxy.types import Hints
 
@@ -105,9 +105,7 @@ class Fleet:
         self._calls: dict[str, Call] = {}
         self._state = DispatchState(settings or DispatchSettings(max_queue=1 << 30))
         for index in range(workers):
-            name = str(index)
-            capacity = config.blocks - 1
-            self._state.workers[name] = WorkerState(name, frozenset({_MODEL}), self._block, capacity)
+            self._state.join(str(index), frozenset({_MODEL}), self._block, config.blocks - 1)
         self._decide_due = False
         self._turn = 0
         self._trees: list[set[int]] = [set() for _ in range(workers)]

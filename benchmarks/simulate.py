@@ -22,7 +22,7 @@ from rich.console import Console
 
 from helium_proxy.dispatch.policy import decide
 from helium_proxy.dispatch.settings import DispatchSettings
-from helium_proxy.dispatch.state import DispatchState, WorkerState
+from helium_proxy.dispatch.state import DispatchState
 from helium_proxy.engine import EngineConfig
 
 from .campaign import save
@@ -156,7 +156,7 @@ def decide_cost(console: Console) -> list[dict[str, float]]:
     for workers, queue in cases:
         state = DispatchState(DispatchSettings(max_queue=1 << 30))
         for index in range(workers):
-            state.workers[str(index)] = WorkerState(str(index), frozenset({"demo"}), _BLOCK, 4_000)
+            state.join(str(index), frozenset({"demo"}), _BLOCK, 4_000)
         waiting = iter(Fleet("helium", 1, config(4_001)).calls_of(graph, -(-(queue + workers * 500) // len(graph))))
         running: deque[tuple[str, str]] = deque()
         now = 0.0

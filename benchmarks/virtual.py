@@ -23,7 +23,7 @@ from benchmarks.workloads.base import Call, Roles, Run, Sizes, Workload
 from benchmarks.workloads.text import Writer
 from helium_proxy.dispatch.dispatcher import Dispatcher
 from helium_proxy.dispatch.settings import DispatchSettings
-from helium_proxy.dispatch.state import QueuedCall, WorkerState
+from helium_proxy.dispatch.state import QueuedCall
 from helium_proxy.engine import EngineConfig, Request, Scheduler, Tokenizer, block_hashes, render
 from helium_proxy.residency.chain import token_chain
 from helium_proxy.types import CallRequest, Outcome
@@ -139,8 +139,7 @@ class Simulation:
         self.workflows = warm or Workflows(workflow or WorkflowSettings(), clock=self.loop.time, wall=self.loop.time)
         self.dispatcher = Dispatcher(self._settings, _NoPool(), clock=self.loop.time)  # type: ignore[arg-type]
         for engine in self.engines:
-            state = WorkerState(engine.name, frozenset({"demo"}), self.block, config.blocks - 1)
-            self.dispatcher.state.workers[engine.name] = state
+            self.dispatcher.state.join(engine.name, frozenset({"demo"}), self.block, config.blocks - 1)
         self._turn = 0
         self._trees: list[set[int]] = [set() for _ in self.engines]
         self._loads = [0] * count

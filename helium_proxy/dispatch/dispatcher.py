@@ -15,7 +15,7 @@ import structlog
 from helium_proxy import metrics
 from helium_proxy.dispatch.policy import decide
 from helium_proxy.dispatch.settings import DispatchSettings
-from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall, WorkerState
+from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall
 from helium_proxy.errors import ModelNotFound, NoWorker, QueueFull
 from helium_proxy.residency.index import Chain
 from helium_proxy.workers.pool import Pool
@@ -110,8 +110,7 @@ class Dispatcher:
         if known is None:
             if worker.state != "up":
                 return
-            known = WorkerState(worker.id, frozenset(), facts.block_size, facts.num_blocks, epoch=worker.epoch)
-            self.state.workers[worker.id] = known
+            known = self.state.join(worker.id, frozenset(), facts.block_size, facts.num_blocks, epoch=worker.epoch)
         known.models = frozenset(m.id for m in facts.models)
         known.open = worker.available(self._clock())
         if facts.num_blocks and facts.num_blocks != known.capacity:
@@ -127,8 +126,7 @@ class Dispatcher:
         self._pump_soon()
 
     def worker_gone(self, worker: Worker) -> None:
-        self.state.workers.pop(worker.id, None)
-        self.state.returns.gone(worker.id)
+        self.state.leave(worker.id)
         self._pump_soon()
 
     def tick(self, now: float) -> None:

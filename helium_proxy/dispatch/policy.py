@@ -24,6 +24,7 @@ from __future__ import annotations
 from heapq import nsmallest
 
 from helium_proxy.dispatch.calls import Assignment, QueuedCall, Reason
+from helium_proxy.dispatch.placement import Sites, until_done
 from helium_proxy.dispatch.queue import Lane, Queue
 from helium_proxy.dispatch.state import DispatchState, WorkerState
 
@@ -31,11 +32,8 @@ _HELD_BONUS = 0.3
 """A prompt token that running calls hold counts for so much more than one that is merely cached."""
 _STARTED_BONUS = 0.3
 """What a call gains on others, as a share of its prompt, since its run has begun: what that left would be lost."""
-_WASTE = 2.0
-"""A call's own cost counts twice against the wait for others: work not done is done for nobody else either."""
-_LOOKED_UP, _LEAST_PLACED = 4096, 16
-"""Pairs of call and worker that one decision compares, and calls it places all the same: after a burst of arrivals
-the rest is left to the next decision, so that nothing else waits long."""
+_PLACED_AT_ONCE = 256
+"""Calls: after a burst of arrivals the rest is left to the next decision, so that nothing else waits long."""
 _PASSES = 256
 """So many calls may go before one of lower rank until none may any more."""
 
@@ -64,80 +62,28 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
     for name in [name for name in queue.lanes if name not in ready]:
         queue.close(name)
     if queue.unplaced:
-        until = {worker.id: _until(queue, worker, now) for worker in workers}
-        at_once = max(_LEAST_PLACED, _LOOKED_UP // len(workers))
-        for call in nsmallest(at_once, queue.unplaced.values(), key=lambda c: c.rank):
-            _place(state, queue, call, workers, until)
+        sites = Sites(state, queue, workers, now)
+        for call in nsmallest(_PLACED_AT_ONCE, queue.unplaced.values(), key=lambda c: c.rank):
+            sites.place(call)
         state.unfinished = state.unfinished or bool(queue.unplaced)
     assignments: list[Assignment] = []
     for worker in workers:
-        if queue.lanes.get(worker.id):
-            assignments += _fill(state, queue, worker, now)
+        lane = queue.lanes.get(worker.id)
+        if lane:
+            assignments += _fill(state, queue, lane, worker, now)
     if state.settings.placement == "cost":
-        behind = [w for w in workers if queue.lanes.get(w.id)]
-        for worker in workers:
-            if behind and not queue.lanes.get(worker.id):
+        behind = {w: until_done(queue, w, now) for w in workers if queue.lanes.get(w.id)}
+        for worker in workers if behind else ():
+            if not queue.lanes.get(worker.id):
                 assignments += _take_over(state, queue, behind, worker, now)
     return assignments
 
 
-# -- 1. place
+# -- fill
 
 
-def _place(
-    state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState], until: dict[str, float]
-) -> None:
-    """`until`: when each worker would be done with what it has (`_until`), brought up to date."""
-    allowed = [w for w in workers if w.id not in call.exclude] or workers if call.exclude else workers
-    worker, call.reason, call.lane_work = _cheapest(state, queue, call, allowed, until)
-    queue.place(call, worker.id)
-    until[worker.id] += call.lane_work * worker.rates.prefill_s
-
-
-def _cheapest(
-    state: DispatchState, queue: Queue, call: QueuedCall, workers: list[WorkerState], until: dict[str, float]
-) -> tuple[WorkerState, Reason, float]:
-    """The worker for `call`, why, and what it costs there."""
+def _fill(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState, now: float) -> list[Assignment]:
     settings = state.settings
-    reason: Reason = "balance"
-    if call.prefer is not None and any(w.id == call.prefer for w in workers):
-        workers, reason = [w for w in workers if w.id == call.prefer], "state"
-    elif len(workers) == 1:
-        reason = "only"
-    elif settings.placement == "round-robin":
-        workers, reason = [workers[state.next_turn() % len(workers)]], "round-robin"
-    elif settings.placement == "least-loaded":
-        workers, reason = [min(workers, key=lambda w: (until[w.id], len(w.running)))], "least-loaded"
-    best, best_total, best_cost, best_cached, most = workers[0], float("inf"), 0.0, 0, 0
-    for worker in sorted(workers, key=lambda w: until[w.id]):
-        if until[worker.id] >= best_total and call.suggestion is None:
-            break  # the others are busy for longer than the best needs to be done with the call
-        lane = queue.lanes.get(worker.id)
-        resident, held = worker.matches(call)
-        shared = lane.shared(call.chain) if lane else 0
-        cached = max(resident, shared)
-        cost = worker.cost(call, cached, max(held, shared))
-        total = until[worker.id] + _WASTE * cost * worker.rates.prefill_s
-        if worker.id == call.suggestion:
-            total -= call.prompt_tokens * worker.rates.prefill_s
-        if total < best_total:
-            best, best_total, best_cost, best_cached = worker, total, cost, cached
-        most = max(most, cached)
-    if reason == "balance" and most and best_cached == most:
-        reason = "prefix"
-    return best, reason, best_cost
-
-
-def _until(queue: Queue, worker: WorkerState, now: float) -> float:
-    """Seconds until `worker` is done with what it runs and what waits in its lane."""
-    return worker.backlog_s(now) + queue.lane(worker.id).work * worker.rates.prefill_s
-
-
-# -- 2. fill
-
-
-def _fill(state: DispatchState, queue: Queue, worker: WorkerState, now: float) -> list[Assignment]:
-    lane, settings = queue.lane(worker.id), state.settings
     assignments: list[Assignment] = []
     kept = state.returns.kept(worker.id)
     if lane.blocked == (worker.version, kept):
@@ -177,18 +123,21 @@ def _score(state: DispatchState, worker: WorkerState, call: QueuedCall) -> float
     return share + _STARTED_BONUS if call.hints.run_seq in state.started else share
 
 
-# -- 3. take over
+# -- take over
 
 
 def _take_over(
-    state: DispatchState, queue: Queue, behind: list[WorkerState], worker: WorkerState, now: float
+    state: DispatchState, queue: Queue, behind: dict[WorkerState, float], worker: WorkerState, now: float
 ) -> list[Assignment]:
-    """`behind`: the workers with calls in their lanes; one whose last is taken leaves the list."""
+    """`behind`: the workers with calls in their lanes and when they will be done with them, brought up to date."""
     settings = state.settings
     assignments: list[Assignment] = []
     while behind and not worker.saturated(settings):
-        last = max(behind, key=lambda w: _until(queue, w, now))
-        lane = queue.lane(last.id)
+        last = max(behind, key=behind.__getitem__)
+        backlog_s = worker.backlog_s(now)
+        if backlog_s >= behind[last]:
+            break
+        lane = queue.lanes[last.id]
         found: tuple[float, QueuedCall] | None = None
         for _, call in queue.turn(lane)[: settings.window]:
             if worker.id in call.exclude or call.prefer == last.id:
@@ -199,14 +148,15 @@ def _take_over(
         if found is None:
             break
         extra, call = found
-        takes = (extra + call.lane_work) * worker.rates.prefill_s
-        if worker.backlog_s(now) + takes >= _until(queue, last, now):
+        if backlog_s + (extra + call.lane_work) * worker.rates.prefill_s >= behind[last]:
             break
         if not worker.has_room(call, settings, now, state.returns.kept(worker.id)):
             break
         assignments.append(_start(state, queue, call, worker, "idle", now))
-        if not lane:
-            behind.remove(last)
+        if lane:
+            behind[last] = until_done(queue, last, now)
+        else:
+            del behind[last]
     return assignments
 
 

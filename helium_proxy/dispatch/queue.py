@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from helium_proxy.dispatch.calls import QueuedCall, Rank
-from helium_proxy.residency.index import Chain
+from helium_proxy.residency.index import Chain, Holders
 
 GroupKey = tuple[str, str]
 """(tenant, workflow)."""
@@ -37,13 +37,15 @@ def depths(length: int) -> tuple[int, ...]:
 
 
 class Lane:
-    """Calls that wait for one worker."""
+    """Calls that wait for one worker, whose bit in `holders` is `bit`."""
 
-    def __init__(self) -> None:
+    def __init__(self, holders: Holders, bit: int) -> None:
+        self._holders = holders
+        self._bit = bit
         # -- state
         self.groups: dict[GroupKey, list[tuple[Rank, QueuedCall]]] = {}  # never empty lists, sorted by rank
         self.work = 0.0  # sum of the calls' `lane_work`
-        self._marks: Counter[int] = Counter()  # block at one of `depths` of a waiting chain → chains that have it
+        self._marks: dict[int, int] = {}  # block at one of `depths` of a waiting chain → chains that have it
         self._length = 0
         self.blocked: object = None  # the state of worker and lane in which the next call found no room
 
@@ -58,28 +60,19 @@ class Lane:
             for _, call in waiting:
                 yield call
 
-    def shared(self, chain: Chain) -> int:
-        """How many leading blocks of `chain` some call that waits here has, too; an eighth too few at most."""
-        known = self._marks
-        if not known or not chain or chain[0] not in known:
-            return 0
-        places = depths(len(chain))
-        low, high = 1, len(places)
-        while low < high:
-            middle = (low + high) >> 1
-            if chain[places[middle] - 1] in known:
-                low = middle + 1
-            else:
-                high = middle
-        return places[low - 1]
-
     def push(self, call: QueuedCall) -> None:
         bisect.insort(self.groups.setdefault((call.tenant, call.group), []), (call.rank, call))
         self._length += 1
         self.blocked = None
         self.work += call.lane_work
+        new, marks = [], self._marks
         for depth in depths(len(call.chain)):
-            self._marks[call.chain[depth - 1]] += 1
+            block = call.chain[depth - 1]
+            count = marks.get(block, 0)
+            marks[block] = count + 1
+            if not count:
+                new.append(block)
+        self._holders.add(self._bit, new)
 
     def remove(self, call: QueuedCall) -> None:
         key = (call.tenant, call.group)
@@ -90,11 +83,20 @@ class Lane:
         self._length -= 1
         self.blocked = None
         self.work = max(0.0, self.work - call.lane_work) if self._length else 0.0
+        gone, marks = [], self._marks
         for depth in depths(len(call.chain)):
             block = call.chain[depth - 1]
-            self._marks[block] -= 1
-            if not self._marks[block]:
-                del self._marks[block]
+            count = marks[block] - 1
+            if count:
+                marks[block] = count
+            else:
+                del marks[block]
+                gone.append(block)
+        self._holders.drop(self._bit, gone)
+
+    def close(self) -> None:
+        """The lane is no longer used."""
+        self._holders.drop(self._bit, self._marks)
 
 
 class Queue:
@@ -104,6 +106,7 @@ class Queue:
         # -- state
         self.unplaced: dict[str, QueuedCall] = {}
         self.lanes: dict[str, Lane] = {}  # by worker
+        self._holders = Holders()  # which lanes have calls with a block
         self._waiting: Counter[str | GroupKey] = Counter()  # tenant or group → its calls waiting
         self._served: OrderedDict[str | GroupKey, float] = OrderedDict()  # the same → work given
         self._length = 0
@@ -119,11 +122,17 @@ class Queue:
         for lane in self.lanes.values():
             yield from lane
 
-    def lane(self, worker: str) -> Lane:
+    def work(self, worker: str) -> float:
+        """What waits for `worker`: prompt tokens' worth of work."""
         lane = self.lanes.get(worker)
-        if lane is None:
-            lane = self.lanes[worker] = Lane()
-        return lane
+        return lane.work if lane is not None else 0.0
+
+    def shared(self, chain: Chain, workers: int) -> list[tuple[int, int]]:
+        """How many leading blocks of `chain` some call that waits for a worker has, too: (blocks, mask of workers),
+        every one of `workers`, a mask, in one of the masks. An eighth too few at most."""
+        places = depths(len(chain))
+        marks = [chain[place - 1] for place in places]
+        return [(places[count - 1] if count else 0, lanes) for count, lanes in self._holders.match(marks, workers)]
 
     def push(self, call: QueuedCall) -> None:
         for who in (call.tenant, (call.tenant, call.group)):
@@ -161,20 +170,26 @@ class Queue:
         self._length -= 1
         return True
 
-    def place(self, call: QueuedCall, worker: str) -> None:
-        """Into the lane of `worker`, from wherever it waits."""
+    def place(self, call: QueuedCall, worker: str, bit: int) -> None:
+        """Into the lane of `worker`, from wherever it waits. `bit`: the worker's in the masks of `shared`."""
         if call.lane is None:
             del self.unplaced[call.id]
         else:
             self.lanes[call.lane].remove(call)
         call.lane = worker
-        self.lane(worker).push(call)
+        lane = self.lanes.get(worker)
+        if lane is None:
+            lane = self.lanes[worker] = Lane(self._holders, bit)
+        lane.push(call)
 
     def close(self, worker: str) -> None:
         """`worker` takes no calls: those in its lane are to be placed anew."""
-        for call in self.lanes.pop(worker, ()):
-            call.lane = None
-            self.unplaced[call.id] = call
+        lane = self.lanes.pop(worker, None)
+        if lane is not None:
+            lane.close()
+            for call in lane:
+                call.lane = None
+                self.unplaced[call.id] = call
 
     def charge(self, call: QueuedCall, work: float) -> None:
         """`call` was given so much work."""

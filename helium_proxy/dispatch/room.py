@@ -50,7 +50,8 @@ class KvForecast:
         at = bisect_left(self._ends, new)
         latest_first = (*reversed(self._ends[at:]), new, *reversed(self._ends[:at]))
         for count, (ending, _, held) in enumerate(latest_first, 1):
-            moment = max(ending, now)
-            fixed += held - growth * moment
-            peak = max(peak, fixed + growth * moment * count)
+            gained = growth * (ending if ending > now else now)
+            fixed += held - gained
+            then = fixed + gained * count
+            peak = max(peak, then)
         return peak

@@ -4,7 +4,7 @@ moves calls from the one to the other."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from helium_proxy.dispatch.calls import Assignment, QueuedCall, Rank
 from helium_proxy.dispatch.queue import Queue
@@ -12,7 +12,7 @@ from helium_proxy.dispatch.rates import DECODE_WEIGHT, Rates
 from helium_proxy.dispatch.returns import Returns
 from helium_proxy.dispatch.room import KvForecast
 from helium_proxy.dispatch.settings import DispatchSettings
-from helium_proxy.residency.index import Chain, WorkerResidency
+from helium_proxy.residency.index import Chain, Holders, WorkerResidency
 
 __all__ = ["Assignment", "DispatchState", "QueuedCall", "WorkerState"]
 
@@ -46,22 +46,34 @@ class WorkerState:
     forecast: KvForecast = field(default_factory=KvForecast)
     version: int = 0
     """Increases when blocks may have become resident or been lost."""
+    holders: InitVar[Holders | None] = None
+    """Of the state that this is a worker of."""
 
-    def __post_init__(self) -> None:
-        self.residency = WorkerResidency(self.capacity or UNBOUNDED_BLOCKS)
+    def __post_init__(self, holders: Holders | None) -> None:
+        self.residency = WorkerResidency(self.capacity or UNBOUNDED_BLOCKS, holders)
 
     def __repr__(self) -> str:
         return f"<WorkerState {self.id} running={len(self.running)} work={self.work:.0f} {self.residency!r}>"
 
-    def matches(self, call: QueuedCall) -> tuple[int, int]:
-        """Leading blocks of `call` that are resident here, and those of them that running calls hold; remembered
-        until the residency changes."""
+    def matches(self, call: QueuedCall, resident: int | None = None) -> tuple[int, int]:
+        """Leading blocks of `call` that are resident here (where they are known already, `resident`), and those of
+        them that running calls hold; remembered until the residency changes."""
         known = call.hits.get(self.id)
-        if known is not None and known[0] == self.version:
-            return known[1], known[2]
-        resident, held = self.residency.matches(call.chain)
-        call.hits[self.id] = (self.version, resident, held)
-        return resident, held
+        if known is not None:
+            version, before, held = known
+            if version == self.version:
+                return before, held
+            if self.residency.still(call.chain, before, held):
+                call.hits[self.id] = (self.version, before, held)
+                return before, held
+        now, held = self.residency.matches(call.chain, resident)
+        call.hits[self.id] = (self.version, now, held)
+        return now, held
+
+    @property
+    def block_step(self) -> float:
+        """What it costs to keep a KV block from others for one step, in prompt tokens."""
+        return self.rates.step_s / self.rates.prefill_s / self.capacity if self.capacity else 0.0
 
     def cost(self, call: QueuedCall, resident: int, held: int) -> float:
         """The work of `call` here if its first `resident` blocks are cached and running calls hold `held`, in prompt
@@ -75,7 +87,7 @@ class WorkerState:
         step = DECODE_WEIGHT
         if self.capacity:
             own = len(call.chain) - held + self.anonymous_blocks(call)
-            step = max(step, self.rates.step_s / self.rates.prefill_s * own / self.capacity)
+            step = max(step, self.block_step * own)
         return prefill + step * call.output_tokens
 
     def backlog_s(self, now: float) -> float:
@@ -164,7 +176,8 @@ class DispatchState:
     def __init__(self, settings: DispatchSettings) -> None:
         self.settings = settings
         # -- state
-        self.workers: dict[str, WorkerState] = {}
+        self.workers: dict[str, WorkerState] = {}  # changed by `join` and `leave`
+        self.holders = Holders()
         self.queues: dict[str, Queue] = {}  # by model; an empty queue is removed
         self._run_started: OrderedDict[int, float] = OrderedDict()  # run_seq → its first arrival here
         self.returns = Returns()
@@ -175,6 +188,27 @@ class DispatchState:
 
     def __repr__(self) -> str:
         return f"<DispatchState {self.queued} queued, {len(self.workers)} workers>"
+
+    def join(
+        self,
+        worker: str,
+        models: frozenset[str],
+        block_size: int | None,
+        capacity: int | None,
+        *,
+        epoch: int = 0,
+    ) -> WorkerState:
+        """A worker that was not known. `capacity`: KV blocks; None: not known."""
+        known = WorkerState(worker, models, block_size, capacity, epoch=epoch, holders=self.holders)
+        self.workers[worker] = known
+        return known
+
+    def leave(self, worker: str) -> None:
+        """A worker is gone, known or not; so are the calls that it runs."""
+        known = self.workers.pop(worker, None)
+        if known is not None:
+            known.residency.close()
+        self.returns.gone(worker)
 
     @property
     def queued(self) -> int:

@@ -85,6 +85,7 @@ class EventFeeds:
             mirror.version += 1
             if change.cleared:
                 mirror.residency.follow(view.blocks)
+            mirror.residency.stored(change.stored)
             mirror.residency.dropped(change.dropped)
             if self._clock() - settled > _SETTLE_S:
                 settled = self._clock()

@@ -17,10 +17,12 @@ be tokenized here) have no events; they go on being mirrored as above.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Container, Iterable, Sequence, Sized
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-Chain = Sequence[int]
+from helium_proxy.residency.holders import Chain, Holders
+
+__all__ = ["Chain", "Holders", "ResidencyStatistics", "WorkerResidency"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,13 @@ class ResidencyStatistics:
 class WorkerResidency:
     """The mirror of one worker's prefix cache. Memory is O(capacity): beyond it blocks are evicted."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, holders: Holders | None = None) -> None:
         if capacity < 1:
             raise ValueError("capacity must be at least one block")
         self.capacity = capacity
+        self._holders = Holders() if holders is None else holders
+        self.bit = self._holders.enter()
+        """This worker's bit there."""
         # -- state
         self._refs: dict[int, int] = {}  # block → running calls (and pins) that hold it
         self._free: OrderedDict[int, None] = OrderedDict()  # resident, held by nobody, least recent first
@@ -50,7 +55,7 @@ class WorkerResidency:
         self._pins: dict[str, Chain] = {}  # pin's name → its blocks
         self._pinned: Counter[int] = Counter()  # block → pins that hold it
         self._pinned_idle = 0  # of these, blocks that no running call holds
-        self._told: Container[int] = ()  # blocks that KV events say are resident, kept by whoever follows those
+        self._told: Collection[int] = ()  # blocks that KV events say are resident, kept by whoever follows those
         self._following = False
         self._due: tuple[list[int], list[int]] = ([], [])  # just left by calls, no event yet; and those before them
 
@@ -61,7 +66,7 @@ class WorkerResidency:
 
     def statistics(self) -> ResidencyStatistics:
         free, told = len(self._free), self._told
-        if self._following and isinstance(told, Sized):
+        if self._following:
             free = max(0, len(told) - len(self._refs)) + sum(block not in told for block in self._free)
         return ResidencyStatistics(len(self._refs), self._anonymous, free, len(self._pinned), self.capacity)
 
@@ -102,28 +107,32 @@ class WorkerResidency:
                 high = middle
         return low
 
-    def matches(self, chain: Chain) -> tuple[int, int]:
-        """How many leading blocks of `chain` are resident, and how many of those running calls hold (so that they
-        cost no further room)."""
-        refs, free, told = self._refs, self._free, self._told
-        low, high = 0, len(chain)
-        if not high or not (chain[0] in refs or chain[0] in free or chain[0] in told):
-            return 0, 0
+    def matches(self, chain: Chain, resident: int | None = None) -> tuple[int, int]:
+        """How many leading blocks of `chain` are resident (`match`, where that is not known already), and how many
+        of those running calls hold, so that they cost no further room."""
+        low, high = 0, self.match(chain) if resident is None else resident
+        resident, refs = high, self._refs
         while low < high:
             middle = (low + high) >> 1
             if chain[middle] in refs:
                 low = middle + 1
             else:
                 high = middle
-        held, high = low, len(chain)
-        while low < high:
-            middle = (low + high) >> 1
-            block = chain[middle]
-            if block in refs or block in free or block in told:
-                low = middle + 1
-            else:
-                high = middle
-        return low, held
+        return resident, low
+
+    def still(self, chain: Chain, resident: int, held: int) -> bool:
+        """Whether `matches` gives for `chain` what it has given before."""
+        refs, free, told = self._refs, self._free, self._told
+        if (held and chain[held - 1] not in refs) or (held < resident and chain[held] in refs):
+            return False
+        if resident:
+            last = chain[resident - 1]
+            if not (last in refs or last in free or last in told):
+                return False
+        if resident == len(chain):
+            return True
+        following = chain[resident]
+        return not (following in refs or following in free or following in told)
 
     def admit(self, call: str, chain: Chain, anonymous: int, *, exact: bool = False) -> int:
         """A call begins: holds its chain and `anonymous` further blocks, evicting what is in the way. Returns the
@@ -151,6 +160,7 @@ class WorkerResidency:
             if block not in refs:
                 free[block] = None
                 free.move_to_end(block)
+        self._holders.add(self.bit, extension)
         self._release(chain)
         self._evict()
 
@@ -177,8 +187,7 @@ class WorkerResidency:
     def correct(self, chain: Chain, actual: int) -> None:
         """The worker had only `actual` leading blocks of `chain`: the rest was not there after all. Blocks that
         running calls hold are left (they are there now)."""
-        for block in chain[actual:]:
-            self._free.pop(block, None)
+        self._forget(chain[actual:])
 
     def store(self, blocks: Iterable[int]) -> None:
         """Blocks known to be cached, least recent first."""
@@ -186,26 +195,30 @@ class WorkerResidency:
             if block not in self._refs:
                 self._free[block] = None
                 self._free.move_to_end(block)
+                self._holders.add(self.bit, (block,))
         self._evict()
 
-    def follow(self, told: Container[int] | None) -> None:
+    def follow(self, told: Collection[int] | None) -> None:
         """From now on `told`, which changes under us, says which blocks are resident; None: nobody does."""
         self._following = told is not None
         self._told = () if told is None else told
         self._due = ([], [])
         if told is not None:
             self._free.clear()
+        self._anew()
+
+    def stored(self, blocks: Iterable[int]) -> None:
+        """The engine says that it has cached these, which `told` has by now."""
+        self._holders.add(self.bit, blocks)
 
     def dropped(self, blocks: Iterable[int]) -> None:
-        """The engine says that it has evicted these."""
-        for block in blocks:
-            self._free.pop(block, None)
+        """The engine says that it has evicted these, which `told` has no longer."""
+        self._forget(blocks)
 
     def settle(self) -> None:
         """Called every second or so: what a call left, and no event has named since the last time but one, was never
         computed (the call was aborted) or is gone."""
-        for block in self._due[1]:
-            self._free.pop(block, None)
+        self._forget(self._due[1])
         self._due = ([], self._due[0])
 
     def clear(self) -> None:
@@ -218,6 +231,11 @@ class WorkerResidency:
         self._pinned_idle = 0
         self._due = ([], [])
         self._anonymous = 0
+        self._anew()
+
+    def close(self) -> None:
+        """The worker is gone: this mirror is of no further use."""
+        self._holders.leave(self.bit)
 
     def resize(self, capacity: int) -> None:
         self.capacity = max(1, capacity)
@@ -225,17 +243,37 @@ class WorkerResidency:
 
     # -- the pool's mechanics
 
+    def _anew(self) -> None:
+        """Tells `holders` everything again."""
+        self._holders.drop_all(self.bit)
+        for blocks in (self._refs, self._free, self._told):
+            self._holders.add(self.bit, blocks)
+
+    def _forget(self, blocks: Iterable[int]) -> None:
+        """Those of `blocks` that no running call holds, nor the engine has named, are gone."""
+        gone = []
+        for block in blocks:
+            self._free.pop(block, None)
+            if block not in self._refs and block not in self._told:
+                gone.append(block)
+        self._holders.drop(self.bit, gone)
+
     def _hold(self, chain: Chain) -> None:
         refs, free, pinned = self._refs, self._free, self._pinned
+        new = []
         for block in chain:
             count = refs.get(block)
             if count is None:
-                free.pop(block, None)
+                if block in free:
+                    del free[block]
+                else:
+                    new.append(block)
                 refs[block] = 1
                 if pinned and block in pinned:
                     self._pinned_idle -= 1
             else:
                 refs[block] = count + 1
+        self._holders.add(self.bit, new)
 
     def _release(self, chain: Chain) -> None:
         refs, free, pinned = self._refs, self._free, self._pinned
@@ -267,7 +305,7 @@ class WorkerResidency:
     def _evict(self) -> None:
         free, pinned = self._free, self._pinned
         over = len(self._refs) + self._anonymous + len(free) - self.capacity
-        spared = 0
+        spared, gone = 0, []
         while over > 0 and spared < len(free):
             block, _ = free.popitem(last=False)
             if block in pinned:
@@ -275,3 +313,7 @@ class WorkerResidency:
                 spared += 1
                 continue
             over -= 1
+            if block not in self._told:
+                gone.append(block)
+        if gone:
+            self._holders.drop(self.bit, gone)

@@ -7,7 +7,7 @@ from typing import Any
 
 from helium_proxy.dispatch.policy import decide
 from helium_proxy.dispatch.settings import DispatchSettings
-from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall, WorkerState
+from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall
 from helium_proxy.types import Hints
 
 SIZE = 16
@@ -29,7 +29,7 @@ def call(chain: tuple[int, ...] = (), output: float = 16, **fields: Any) -> Queu
 def fleet(count: int = 2, capacity: int | None = 10_000, **options: Any) -> DispatchState:
     state = DispatchState(DispatchSettings(**options))
     for i in range(count):
-        state.workers[f"w{i}"] = WorkerState(f"w{i}", frozenset({"demo"}), SIZE, capacity)
+        state.join(f"w{i}", frozenset({"demo"}), SIZE, capacity)
     return state
 
 

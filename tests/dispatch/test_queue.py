@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helium_proxy.dispatch.calls import QueuedCall
-from helium_proxy.dispatch.queue import Lane, Queue, depths
+from helium_proxy.dispatch.queue import Queue, depths
 
 
 def call(name: str, chain: tuple[int, ...] = (), rank: int = 0, **fields: str) -> QueuedCall:
@@ -28,27 +28,29 @@ def test_chains_are_compared_at_few_places_that_are_close(length: int) -> None:
 
 @given(st.integers(0, 300), st.integers(0, 300), st.integers(0, 300))
 def test_a_lane_knows_what_its_calls_share(common: int, mine: int, theirs: int) -> None:
-    lane = Lane()
-    prefix = tuple(range(common))
-    lane.push(call("a", prefix + tuple(range(10_000, 10_000 + mine))))
-    shared = lane.shared(prefix + tuple(range(20_000, 20_000 + theirs)))
+    queue, prefix = Queue(), tuple(range(common))
+    one = call("a", prefix + tuple(range(10_000, 10_000 + mine)))
+    queue.push(one)
+    queue.place(one, "w", 0b10)
+    found = queue.shared(prefix + tuple(range(20_000, 20_000 + theirs)), 0b110)
+    assert sum(lanes for _, lanes in found) == 0b110
+    shared = next(blocks for blocks, lanes in found if lanes & 0b10)
     assert shared <= common
     assert shared >= common - max(1, common // 8), "an eighth too few at most"
+    assert next(blocks for blocks, lanes in found if lanes & 0b100) == 0
 
 
 def test_a_lane_forgets_what_has_left() -> None:
-    lane, queue = Lane(), Queue()
-    one = call("a", tuple(range(40)))
-    lane.push(one)
-    lane.remove(one)
-    assert lane.shared(one.chain) == 0
-    assert not lane
+    queue, one = Queue(), call("a", tuple(range(40)))
     queue.push(one)
     assert len(queue) == 1
-    queue.place(one, "w")
+    queue.place(one, "w", 1)
+    assert queue.shared(one.chain, 1) == [(40, 1)]
+    assert queue.work("w") == one.lane_work
     assert queue.remove(one)
     assert not queue.remove(one)
-    assert not queue.lane("w")
+    assert queue.shared(one.chain, 1) == [(0, 1)]
+    assert not queue.lanes["w"]
     assert len(queue) == 0
 
 
@@ -57,14 +59,16 @@ def test_a_closed_lane_s_calls_are_placed_anew() -> None:
     calls = [call(f"c{i}", (i,), i) for i in range(5)]
     for one in calls:
         queue.push(one)
-        queue.place(one, "w0")
+        queue.place(one, "w0", 1)
     assert not queue.unplaced
     queue.close("w0")
     queue.close("never")
     assert list(queue.unplaced.values()) == calls
     assert len(queue) == 5
-    queue.place(calls[0], "w1")
-    assert list(queue.lane("w1")) == [calls[0]]
+    assert queue.shared((0,), 1) == [(0, 1)]
+    queue.place(calls[0], "w1", 2)
+    assert list(queue.lanes["w1"]) == [calls[0]]
+    assert sorted(queue.shared((0,), 3)) == [(0, 1), (1, 2)]
 
 
 def test_workflows_of_a_tenant_take_turns_by_what_they_were_given() -> None:
@@ -72,8 +76,8 @@ def test_workflows_of_a_tenant_take_turns_by_what_they_were_given() -> None:
     for name, group in (("a", "large"), ("b", "small"), ("c", "large")):
         one = call(name, (), ord(name), group=group)
         queue.push(one)
-        queue.place(one, "w")
-    lane = queue.lane("w")
+        queue.place(one, "w", 1)
+    lane = queue.lanes["w"]
     (first, *_) = queue.turn(lane)
     queue.charge(first[1], 5.0)
     (second, *_) = queue.turn(lane)

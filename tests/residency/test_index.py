@@ -202,6 +202,7 @@ class Mirror(RuleBasedStateMachine):
     @rule(blocks=chains)
     def match(self, blocks: tuple[int, ...]) -> None:
         assert self.index.match(blocks) == self.known(blocks)
+        assert self.index.still(blocks, *self.index.matches(blocks))
 
     @invariant()
     def counts_agree(self) -> None:
