@@ -31,7 +31,8 @@ def test_trading_is_seen_as_it_runs(browser: Any, base: str) -> None:
         page.locator(".title .pill.live").wait_for()
         page.locator('.node[data-kind="running"]').first.wait_for()
         running = page.locator('.node[data-kind="running"]').first.get_attribute("data-id")
-        page.locator(f'.node[data-id="{running}"][data-kind="computed"]').wait_for()
+        own = f'.node[data-id="{running}"]'
+        page.locator(f'{own}[data-kind="computed"], {own}[data-kind="coalesced"]').wait_for()
         page.locator(".title .pill.done").wait_for()
     page.locator(".node").nth(87).wait_for()
     assert page.locator(".node").count() == 88
