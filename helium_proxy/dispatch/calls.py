@@ -47,6 +47,8 @@ class QueuedCall:
     rank: Rank = (0, 0.0, 0, 0.0, 0)
     hits: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """worker → (version of its residency, resident leading blocks, those of them that running calls hold)."""
+    home: str | None = None
+    """Where the call that it extends has run."""
     lane: str | None = None
     """The worker it waits for; None: not placed yet."""
     reason: Reason = "only"

@@ -9,6 +9,8 @@ as its bound says that no other of it can win: the cost of placing grows with th
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 from helium_proxy.dispatch.calls import QueuedCall, Reason
@@ -18,6 +20,9 @@ from helium_proxy.dispatch.state import DispatchState, WorkerState
 
 _WASTE = 2.0
 """A call's own cost counts twice against the wait for others: work not done is done for nobody else either."""
+_MOVED = 20.0
+"""What a call would leave behind, where the call that it extends ran, counts so many times: of no use to others it is
+lost, while a shorter lane elsewhere is no lasting gain, since a worker whose lane is empty takes over from others."""
 
 
 class _Group(NamedTuple):
@@ -28,6 +33,11 @@ class _Group(NamedTuple):
     resident: int
     shared: int
     least_s: float
+
+    @property
+    def cached(self) -> int:
+        """Leading blocks that need not be computed there."""
+        return max(self.resident, self.shared)
 
 
 def until_done(queue: Queue, worker: WorkerState, now: float) -> float:
@@ -85,32 +95,42 @@ class Sites:
         best: WorkerState | None = None
         best_total, best_cost, best_cached = float("inf"), 0.0, 0
         left = allowed
-        for until, _, worker in self._order:
+        for wait, _, worker in self._visits(call, groups):
             bit = worker.residency.bit
             if not left & bit:
                 continue
-            wait = until
-            if call.suggestion is not None:
-                if worker.id == call.suggestion:
-                    wait -= call.prompt_tokens * worker.rates.prefill_s
-            elif wait >= best_total:
+            if wait >= best_total:
                 break  # the others are busy for longer than the best needs to be done with the call
-            for group in groups:
-                if group.workers & bit:
-                    break
+            group = next(group for group in groups if group.workers & bit)
             if wait + group.least_s >= best_total:
-                if call.suggestion is None:
-                    left &= ~group.workers  # the others of the group are busy for longer still
+                left &= ~group.workers  # the others of the group are busy for longer still
                 continue
-            cached = max(group.resident, group.shared)
+            left &= ~bit
+            cached = group.cached
             held = max(worker.matches(call, group.resident)[1], group.shared)
             cost = worker.cost(call, cached, held)
             total = wait + _WASTE * cost * worker.rates.prefill_s
             if total < best_total:
                 best, best_total, best_cost, best_cached = worker, total, cost, cached
         assert best is not None, "`allowed` is not empty"
-        most = max(max(group.resident, group.shared) for group in groups)
+        most = max(group.cached for group in groups)
         return best, best_cost, most > 0 and best_cached == most
+
+    def _visits(self, call: QueuedCall, groups: list[_Group]) -> Iterable[tuple[float, int, WorkerState]]:
+        """The workers by when they will be free, and one before them that `call` prefers to others: a submitted
+        plan's, up to what the whole prompt costs, or that of the call it extends (`_MOVED`)."""
+        name = call.suggestion or call.home
+        until = self._until.get(name) if name is not None else None
+        if name is None or until is None:
+            return self._order
+        worker = self._state.workers[name]
+        tokens = float(call.prompt_tokens)
+        if call.suggestion is None:
+            bit = worker.residency.bit
+            here = max((group.cached for group in groups if group.workers & bit), default=0)
+            elsewhere = max((group.cached for group in groups if group.workers & ~bit), default=0)
+            tokens = _MOVED * call.block_size * max(0, here - elsewhere)
+        return chain(((until - tokens * worker.rates.prefill_s, -1, worker),), self._order)
 
     def _groups(self, call: QueuedCall, allowed: int) -> list[_Group]:
         found: list[_Group] = []

@@ -40,6 +40,11 @@ class Habit:
     probability: float = _FIRST_PROBABILITY
     mean_s: float = _FIRST_S
     deviation_s: float = _FIRST_S
+    kept: int = 0
+    """Places kept at this moment."""
+    trust: int = 1
+    """The most that may be kept at a time: one more for each that comes back, half for each kept in vain. Else a
+    whole wave of calls would be waited for before the first of them has shown whether it comes."""
 
     @property
     def patience_s(self) -> float:
@@ -50,6 +55,7 @@ class Habit:
         self.probability += _SMOOTH * (1 - self.probability)
         self.deviation_s += _SMOOTH * (abs(after_s - self.mean_s) - self.deviation_s)
         self.mean_s += _SMOOTH * (after_s - self.mean_s)
+        self.trust = min(_AWAITED, self.trust + 1)
 
     def stayed_away(self) -> None:
         self.probability -= _SMOOTH * self.probability
@@ -99,29 +105,31 @@ class Returns:
         as many tokens as the worker's KV cache has."""
         if not chain or not blocks:
             return
+        self._forget(chain[-1])
         habit = self.habit(key)
         window = min(_LONGEST_S, whole_s)
-        pays = habit.mean_s < habit.probability * window
+        pays = habit.kept < habit.trust and habit.mean_s < habit.probability * window
         until = now + min(window, habit.patience_s) if pays else now
-        self._forget(chain[-1])
         place = self._awaited[chain[-1]] = Place(key, worker, blocks if pays else 0, now, until)
         self._keep(worker, place.blocks)
         if pays:
+            habit.kept += 1
             heapq.heappush(self._ends, (until, chain[-1]))
         heapq.heappush(self._judged, (now + window, chain[-1]))
         while len(self._awaited) > _AWAITED:
             self._forget(next(iter(self._awaited)))
 
-    def arrived(self, chain: Chain, now: float) -> None:
+    def arrived(self, chain: Chain, now: float) -> str | None:
         """A call with this prompt has come: if it extends a finished one, that has come back, and needs no place any
-        more, since it is first in line now."""
+        more, since it is first in line now. Returns the worker that it comes back to."""
         if self._awaited:
             for block in reversed(chain):
                 place = self._awaited.get(block)
                 if place is not None:
                     self.habit(place.key).came(now - place.since)
                     self._forget(block)
-                    return
+                    return place.worker
+        return None
 
     def expire(self, now: float) -> None:
         """Gives up what was kept long enough, and learns from what has not come back."""
@@ -129,6 +137,8 @@ class Returns:
             until, block = heapq.heappop(self._ends)
             place = self._awaited.get(block)
             if place is not None and place.until == until:
+                habit = self.habit(place.key)
+                habit.trust = max(1, habit.trust // 2)
                 self._give_up(place)
         while self._judged and self._judged[0][0] <= now:
             _, block = heapq.heappop(self._judged)
@@ -158,8 +168,11 @@ class Returns:
             self._give_up(place)
 
     def _give_up(self, place: Place) -> None:
-        self._keep(place.worker, -place.blocks)
-        place.blocks = 0
+        if place.blocks:
+            habit = self.habit(place.key)
+            habit.kept = max(0, habit.kept - 1)
+            self._keep(place.worker, -place.blocks)
+            place.blocks = 0
 
     def _keep(self, worker: str, blocks: int) -> None:
         left = self._kept.get(worker, 0) + blocks

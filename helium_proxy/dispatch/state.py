@@ -221,7 +221,7 @@ class DispatchState:
     def enqueue(self, call: QueuedCall, now: float) -> None:
         call.rank = self._rank(call, now)
         if self.settings.keep_places:
-            self.returns.arrived(call.chain, now)
+            call.home = self.returns.arrived(call.chain, now)
         queue = self.queues.get(call.model)
         if queue is None:
             queue = self.queues[call.model] = Queue()

@@ -22,6 +22,23 @@ def test_older_runs_first_and_in_a_run_the_longest_remaining_path() -> None:
     assert in_turn(state) == [old_long, old_short, new]
 
 
+def test_of_runs_that_began_together_the_longest_path_goes_first() -> None:
+    state = one_by_one()
+    calls = [call(run_seq=run, path_output_tokens=path) for run, path in enumerate((500, 0, 9000, 3000), 1)]
+    for one in calls:
+        state.enqueue(one, 0.0)
+    assert [c.hints.path_output_tokens for c in in_turn(state)] == [9000, 3000, 500, 0]
+
+
+def test_a_cached_prompt_counts_for_more_than_a_longer_path() -> None:
+    state, prefix = one_by_one(), blocks("p", 50)
+    (first,) = ask(state, call(prefix, run_seq=1))
+    cold, warm = call(blocks("q", 50), run_seq=2, path_output_tokens=100), call(prefix, run_seq=3)
+    assert not ask(state, cold, warm)
+    finish(state, first)
+    assert in_turn(state) == [warm, cold]
+
+
 def test_fifo_is_by_arrival() -> None:
     state = one_by_one(ordering="fifo")
     calls = [call(run_seq=5 - i, path_output_tokens=100 * i) for i in range(5)]

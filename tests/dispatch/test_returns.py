@@ -48,6 +48,32 @@ def test_nodes_whose_calls_do_not_come_back_get_no_place() -> None:
     assert awaited.habit(KEY).probability > 0.05, "what is not kept is learned from, too"
 
 
+def test_of_a_first_wave_only_as_many_are_waited_for_as_have_come_back() -> None:
+    awaited = Returns()
+    chains = [tuple(range(wave * 1000, wave * 1000 + 20)) for wave in range(20)]
+    for chain in chains:
+        finish(awaited, 0.0, chain)
+    assert awaited.kept("w") == 20, "one call's"
+    for chain in chains[:8]:
+        awaited.arrived((*chain, 1), 0.01)
+    for chain in chains:
+        finish(awaited, 1.0, (*chain, chain[0] + 500))
+    assert awaited.kept("w") == 9 * 20
+    awaited.expire(1.9)
+    assert awaited.habit(KEY).kept == 0
+    for chain in chains:
+        finish(awaited, 2.0, (*chain, chain[0] + 600))
+    assert awaited.kept("w") == 20, "those were kept in vain"
+
+
+def test_it_says_where_a_call_comes_back_to() -> None:
+    awaited = Returns()
+    finish(awaited)
+    assert awaited.arrived((1, 2, 3), 0.01) is None
+    assert awaited.arrived(NEXT, 0.02) == "w"
+    assert awaited.arrived(NEXT, 0.03) is None, "once"
+
+
 def test_waiting_pays_only_for_a_share_of_the_time_that_a_whole_cache_takes() -> None:
     """t < probability * seconds to prefill the cache."""
     for pause, kept in ((0.5, 20), (9.0, 0)):
