@@ -75,9 +75,10 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
         if lane:
             assignments += _fill(state, queue, lane, worker, now)
     if state.settings.placement == "cost":
-        behind = {w: until_done(queue, w, now) for w in workers if queue.lanes.get(w.id)}
-        for worker in workers if behind else ():
-            if not queue.lanes.get(worker.id):
+        idle = [w for w in workers if not queue.lanes.get(w.id) and not w.saturated(state.settings)]
+        if idle:
+            behind = {w: until_done(queue, w, now) for w in workers if queue.lanes.get(w.id)}
+            for worker in idle:
                 assignments += _take_over(state, queue, behind, worker, now)
     return assignments
 
