@@ -24,13 +24,14 @@ _VLLM = Campaign(
 )
 """Two real vLLM CPU engines. A token costs about 0.8 ms to prefill and 1.3 ms to decode in a batch."""
 
-_VLLM_EMBEDDED = replace(
-    _VLLM,
-    engines="embedded:2",
+_ALONE = replace(_VLLM, engines="vllm:1", systems=("rr",), scale=0.125)
+_ALONE_EMBEDDED = replace(
+    _ALONE,
+    engines="embedded:1",
     options=EngineOptions(profile="cpu-tiny", blocks=_VLLM.options.blocks, block_size=_VLLM.options.block_size),
-    systems=("rr",),
+    repeats=1,
 )
-"""The same on embedded engines: how far they can be trusted."""
+"""One engine with a core to itself, real and embedded: how far the latter can be trusted."""
 
 _H100 = replace(
     _VLLM,
@@ -127,7 +128,8 @@ _PREDICTIONS = replace(_VLLM, systems=("helium", "helium-no-events"), repeats=1)
 
 CAMPAIGNS: dict[str, Campaign] = {
     "vllm": _VLLM,
-    "vllm_embedded": _VLLM_EMBEDDED,
+    "alone": _ALONE,
+    "alone_embedded": _ALONE_EMBEDDED,
     "h100": _H100,
     "two_day": _TWO_DAY,
     "agents": _AGENTS,
@@ -140,7 +142,6 @@ CAMPAIGNS: dict[str, Campaign] = {
 
 FULL: dict[str, Campaign] = {
     "vllm": replace(_VLLM, scale=0.15, repeats=1),
-    "vllm_embedded": replace(_VLLM_EMBEDDED, scale=0.15, repeats=1),
     "h100": replace(_H100, repeats=1, options=replace(_H100.options, time_scale=1.0)),
     "two_day": replace(_TWO_DAY, systems=("rr", "vllm-router", "helium"), repeats=1, scale=0.25),
     "one_worker": replace(_ONE_WORKER, repeats=3),

@@ -88,6 +88,13 @@ def test_lookahead_is_judged_by_the_calls_that_follow_others(folder: Path) -> No
     )
 
 
+def test_the_embedded_engine_s_error_is_against_the_fastest_real_run(folder: Path) -> None:
+    fitted = {"engine": {"vllm": "1.2"}, "fitted_to": {"decode": {"error": -0.04}}}
+    real = [measurement("rr", seconds) for seconds in (12.0, 10.0, 15.0)]
+    results = {"calibration": fitted, "alone": result(*real), "alone_embedded": result(measurement("rr", 9.0))}
+    assert "| debate | 10.00 | 9.00 | -10% |" in report.render(results)
+
+
 def test_a_gpu_s_section_names_card_and_engine(folder: Path) -> None:
     found = result(measurement("rr", 2.0), measurement("helium", 1.0), measurement("helium", 3.0))
     found["about"]["campaign"]["engines"] = "http://127.0.0.1:1,http://127.0.0.1:2"
