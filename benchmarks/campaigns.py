@@ -144,7 +144,7 @@ FULL: dict[str, Campaign] = {
     "vllm": replace(_VLLM, scale=0.15, repeats=1),
     "h100": replace(_H100, repeats=1, options=replace(_H100.options, time_scale=1.0)),
     "two_day": replace(_TWO_DAY, systems=("rr", "helium"), repeats=1),
-    "one_worker": replace(_ONE_WORKER, repeats=3),
+    "one_worker": replace(_ONE_WORKER, repeats=2),
 }
 """What ``--run full`` measures in half an hour; ``--run publish`` takes every campaign at its whole length."""
 

@@ -26,7 +26,7 @@ class DispatchSettings(BaseModel):
         description="Share of a worker's KV that running calls may fill at their peak; the rest keeps prefixes.",
     )
     keep_places: bool = Field(
-        True, description="Keep room for a finished call's continuation while it pays to wait for it."
+        True, description="Keep room for a finished call's continuation while that pays, and place it where that ran."
     )
     max_running: int = Field(256, ge=1, description="Calls at once on one worker.")
     default_running: int = Field(32, ge=1, description="The same, for a worker whose KV capacity is not known.")

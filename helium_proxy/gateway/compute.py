@@ -8,6 +8,7 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -322,21 +323,7 @@ class _Exchange:
 
 def _again(call: QueuedCall, failed: str) -> QueuedCall:
     """The same call for another try, anywhere but at `failed`."""
-    return QueuedCall(
-        id=call.id,
-        model=call.model,
-        tenant=call.tenant,
-        chain=call.chain,
-        block_size=call.block_size,
-        prompt_tokens=call.prompt_tokens,
-        output_tokens=call.output_tokens,
-        arrived_at=call.arrived_at,
-        hints=call.hints,
-        group=call.group,
-        prefer=None,
-        exact=call.exact,
-        exclude=call.exclude | {failed},
-    )
+    return replace(call, prefer=None, suggestion=None, exclude=call.exclude | {failed}, hits={}, lane=None, passed=0)
 
 
 async def _discard(answer: Answer) -> None:

@@ -48,7 +48,11 @@ class Holders:
                 masks.pop(block, None)
 
     def drop_all(self, bit: int) -> None:
+        """O(blocks)."""
         self.drop(bit, [block for block, mask in self._masks.items() if mask & bit])
+
+    def has(self, block: int, bit: int) -> bool:
+        return self._masks.get(block, 0) & bit != 0
 
     def match(self, chain: Chain, workers: int) -> list[tuple[int, int]]:
         """How many leading blocks of `chain` are resident where: (blocks, mask of the workers that have just those),

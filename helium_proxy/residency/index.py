@@ -94,18 +94,8 @@ class WorkerResidency:
 
     def match(self, chain: Chain) -> int:
         """How many leading blocks of `chain` are resident. O(log len(chain))."""
-        refs, free, told = self._refs, self._free, self._told
-        low, high = 0, len(chain)
-        if not high or not (chain[0] in refs or chain[0] in free or chain[0] in told):
-            return 0
-        while low < high:
-            middle = (low + high) >> 1
-            block = chain[middle]
-            if block in refs or block in free or block in told:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        ((count, _),) = self._holders.match(chain, self.bit)
+        return count
 
     def matches(self, chain: Chain, resident: int | None = None) -> tuple[int, int]:
         """How many leading blocks of `chain` are resident (`match`, where that is not known already), and how many
@@ -122,17 +112,13 @@ class WorkerResidency:
 
     def still(self, chain: Chain, resident: int, held: int) -> bool:
         """Whether `matches` gives for `chain` what it has given before."""
-        refs, free, told = self._refs, self._free, self._told
-        if (held and chain[held - 1] not in refs) or (held < resident and chain[held] in refs):
-            return False
-        if resident:
-            last = chain[resident - 1]
-            if not (last in refs or last in free or last in told):
-                return False
-        if resident == len(chain):
-            return True
-        following = chain[resident]
-        return not (following in refs or following in free or following in told)
+        has, bit, refs = self._holders.has, self.bit, self._refs
+        return not (
+            (held and chain[held - 1] not in refs)
+            or (held < resident and chain[held] in refs)
+            or (resident and not has(chain[resident - 1], bit))
+            or (resident < len(chain) and has(chain[resident], bit))
+        )
 
     def admit(self, call: str, chain: Chain, anonymous: int, *, exact: bool = False) -> int:
         """A call begins: holds its chain and `anonymous` further blocks, evicting what is in the way. Returns the
@@ -191,11 +177,11 @@ class WorkerResidency:
 
     def store(self, blocks: Iterable[int]) -> None:
         """Blocks known to be cached, least recent first."""
-        for block in blocks:
-            if block not in self._refs:
-                self._free[block] = None
-                self._free.move_to_end(block)
-                self._holders.add(self.bit, (block,))
+        new = [block for block in blocks if block not in self._refs]
+        for block in new:
+            self._free[block] = None
+            self._free.move_to_end(block)
+        self._holders.add(self.bit, new)
         self._evict()
 
     def follow(self, told: Collection[int] | None) -> None:
@@ -205,7 +191,9 @@ class WorkerResidency:
         self._due = ([], [])
         if told is not None:
             self._free.clear()
-        self._anew()
+        self._holders.drop_all(self.bit)
+        for blocks in (self._refs, self._free, self._told):
+            self._holders.add(self.bit, blocks)
 
     def stored(self, blocks: Iterable[int]) -> None:
         """The engine says that it has cached these, which `told` has by now."""
@@ -223,6 +211,7 @@ class WorkerResidency:
 
     def clear(self) -> None:
         """The engine lost its cache; calls in flight there are lost with it."""
+        lost = [*self._refs, *self._free]
         self._refs.clear()
         self._free.clear()
         self._held.clear()
@@ -231,23 +220,19 @@ class WorkerResidency:
         self._pinned_idle = 0
         self._due = ([], [])
         self._anonymous = 0
-        self._anew()
+        self._forget(lost)
 
     def close(self) -> None:
-        """The worker is gone: this mirror is of no further use."""
+        """The worker is gone. Whoever still has this mirror changes nothing that others see."""
         self._holders.leave(self.bit)
+        self._holders = Holders()
+        self.bit = self._holders.enter()
 
     def resize(self, capacity: int) -> None:
         self.capacity = max(1, capacity)
         self._evict()
 
     # -- the pool's mechanics
-
-    def _anew(self) -> None:
-        """Tells `holders` everything again."""
-        self._holders.drop_all(self.bit)
-        for blocks in (self._refs, self._free, self._told):
-            self._holders.add(self.bit, blocks)
 
     def _forget(self, blocks: Iterable[int]) -> None:
         """Those of `blocks` that no running call holds, nor the engine has named, are gone."""

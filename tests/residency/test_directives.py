@@ -276,6 +276,7 @@ def test_a_followed_mirror_is_what_events_say() -> None:
     mirror.follow(told)
     assert mirror.match((4, 8)) == 0, "guesses are void"
     told.update(dict.fromkeys((4, 8)))
+    mirror.stored((4, 8))
     assert mirror.match((4, 8, 12)) == 2
     mirror.admit("a", (4, 8, 12), 1, exact=True)
     assert mirror.match((4, 8, 12)) == 3, "running"
