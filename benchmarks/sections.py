@@ -43,6 +43,8 @@ def engines_of(about: dict[str, Any]) -> str:
         return f"`{about['campaign']['engines']}`"
     places = about["gpus"].split(",")
     shared = "sharing" if len(set(places)) < len(places) else "on"
+    if about.get("mps"):
+        shared = "with an equal part each (MPS) of"
     cards = " and ".join(about["cards"]) or "no GPU"
     return f"{len(places)} × {about['engine_versions'][0]} ({about['model']}) {shared} {cards}"
 

@@ -2,17 +2,20 @@
 
 Needs an interpreter that has vLLM (``--vllm-python``); nothing is downloaded. The engines share one GPU
 (``--gpus 0,0``) or have one each (``--gpus 0,1``). Their KV is held to ``--blocks`` blocks, so that a batch's working
-set is several times what they hold. ``--shape tiny --gpus cpu,cpu`` with the CPU build of vLLM tries the script where
-there is no GPU.
+set is several times what they hold. ``--mps`` gives each engine of one GPU an equal part of it (see `mps`) instead of
+letting them take turns. ``--shape tiny --gpus cpu,cpu`` with the CPU build of vLLM tries the script where there is no
+GPU.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,23 @@ from rich.console import Console
 from benchmarks import tables
 from benchmarks.campaign import Campaign, execute, save
 from benchmarks.engines import EngineOptions
+from benchmarks.gpu import mps
 from benchmarks.process import ROOT, Server, StartFailed, free_port, stop_on_sigterm
 from benchmarks.stats import Measurement
-from benchmarks.workloads import PAPER_SHAPES, SIZES
+from benchmarks.workloads import PAPER_SHAPES, SIZES, WORKLOADS
 
 MODEL = "demo"
 _BLOCK = 16
 """Tokens a KV block holds on a GPU, by vLLM's default."""
+
+
+def build_model(python: str, shape: str) -> Path:
+    """The folder of the model of this shape, written on first use."""
+    model = ROOT / ".cache" / "models" / f"gpu-{shape}"
+    if not (model / "shape.json").exists():
+        script = Path(__file__).with_name("make_model.py")
+        subprocess.run([python, str(script), str(model), "--shape", shape], check=True)
+    return model
 
 
 def kv_bytes_per_token(model: Path) -> int:
@@ -48,8 +61,23 @@ def cards(places: list[str]) -> list[str]:
         return []
 
 
+def about_gpu(places: list[str], shape: str, extra: tuple[str, ...]) -> dict[str, Any]:
+    """What a result file says of the GPU and of how its engines were started."""
+    environment = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("VLLM_")]
+    return {"gpus": ",".join(places), "cards": cards(places), "model": shape, "engine_args": [*extra, *environment]}
+
+
 def engine(
-    python: str, model: Path, gpu: str, *, port: int, events: int, blocks: int, share: float, extra: tuple[str, ...]
+    python: str,
+    model: Path,
+    gpu: str,
+    *,
+    port: int,
+    events: int,
+    blocks: int,
+    share: float,
+    extra: tuple[str, ...],
+    env: Mapping[str, str],
 ) -> Server:
     """One vLLM API server; started, not yet ready.
 
@@ -67,6 +95,7 @@ def engine(
         command += ["--gpu-memory-utilization", str(share)]
         command += ["--kv-cache-memory-bytes", str(blocks * _BLOCK * kv_bytes_per_token(model))]
     env = {
+        **env,
         "CUDA_VISIBLE_DEVICES": "" if gpu == "cpu" else gpu,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -89,6 +118,12 @@ async def warm_up(session: aiohttp.ClientSession, url: str) -> None:
     await asyncio.gather(*(call(number) for number in range(5)))
 
 
+async def engine_version(session: aiohttp.ClientSession, server: Server) -> str:
+    """What a ready engine says of itself."""
+    async with session.get(server.ready_url.replace("/health", "/version")) as response:
+        return f"vllm {(await response.json())['version']}"
+
+
 async def measure(
     servers: list[Server], campaign: Campaign, about: dict[str, Any], console: Console, out: str | None
 ) -> dict[str, Any]:
@@ -100,8 +135,7 @@ async def measure(
     async with aiohttp.ClientSession() as session:
         for server in servers:
             await server.wait_ready(session, timeout_s=900)
-        async with session.get(servers[0].ready_url.replace("/health", "/version")) as response:
-            about["engine_versions"] = [f"vllm {(await response.json())['version']}"]
+        about["engine_versions"] = [await engine_version(session, servers[0])]
         for server in servers * 2:
             await warm_up(session, server.ready_url.replace("/health", "/v1/completions"))
 
@@ -115,41 +149,37 @@ async def measure(
     return result
 
 
+def _batches(pairs: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    found = []
+    for pair in pairs:
+        shape, _, runs = pair.partition("=")
+        if shape not in WORKLOADS or not runs.isdigit():
+            raise click.BadParameter(f"{pair!r} is not SHAPE=RUNS")
+        found.append((shape, int(runs)))
+    return tuple(found)
+
+
 @click.command()
 @click.option("--vllm-python", default=sys.executable, help="An interpreter with vLLM.")
 @click.option("--shape", default="qwen3-8b", help="qwen3-8b, or tiny to try the script.")
 @click.option("--gpus", default="0,0", help="GPU of each engine; cpu for the CPU build.")
+@click.option("--mps", "parts", is_flag=True, help="Engines that share a GPU have a part of it each.")
 @click.option("--blocks", default=4096, help="KV blocks per engine.")
 @click.option("--sizes", default="P1", type=click.Choice(list(SIZES)), help="Prompt sizes.")
 @click.option("--scale", default=4.0, help="Factor on the shapes' batches.")
+@click.option("--batch", "batches", multiple=True, metavar="SHAPE=RUNS", help="A shape's batch, instead.")
 @click.option("--shapes", default=",".join(PAPER_SHAPES))
 @click.option("--systems", default="rr,sglang,vllm-router,vllm-router-kv,vllm-router-program,helium,helium-plan")
 @click.option("--repeats", default=3)
 @click.option("--engine-arg", "extra", multiple=True, help="One more argument to the engines' command.")
 @click.option("--out", default="gpu", help="Name of the result file; empty: not saved.")
-def main(vllm_python: str, shape: str, gpus: str, blocks: int, sizes: str, **options: Any) -> None:
+def main(vllm_python: str, shape: str, gpus: str, parts: bool, blocks: int, sizes: str, **options: Any) -> None:
     """Build the model, start the engines, measure, save."""
     stop_on_sigterm()
     console = Console(width=None if sys.stdout.isatty() else 190)
-    model = ROOT / ".cache" / "models" / f"gpu-{shape}"
-    if not (model / "shape.json").exists():
-        script = Path(__file__).with_name("make_model.py")
-        subprocess.run([vllm_python, str(script), str(model), "--shape", shape], check=True)
+    model = build_model(vllm_python, shape)
     places = gpus.split(",")
     ports = [free_port() for _ in places]
-    servers = [
-        engine(
-            vllm_python,
-            model,
-            gpu,
-            port=port,
-            events=free_port(),
-            blocks=blocks,
-            share=round(0.9 / places.count(gpu), 3),
-            extra=options["extra"],
-        )
-        for gpu, port in zip(places, ports, strict=True)
-    ]
     campaign = Campaign(
         engines=",".join(f"http://127.0.0.1:{port}" for port in ports),
         options=EngineOptions(blocks=blocks, extra=options["extra"]),
@@ -158,17 +188,32 @@ def main(vllm_python: str, shape: str, gpus: str, blocks: int, sizes: str, **opt
         sizes=sizes,
         repeats=options["repeats"],
         scale=options["scale"],
+        batches=_batches(options["batches"]),
     )
-    environment = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("VLLM_")]
-    about: dict[str, Any] = {"gpus": gpus, "cards": cards(places), "model": shape}
-    about["engine_args"] = [*options["extra"], *environment]
-    try:
-        result = asyncio.run(measure(servers, campaign, about, console, options["out"]))
-    except StartFailed as failure:
-        raise click.ClickException(str(failure)) from failure
-    finally:
-        for server in servers:
-            server.stop()
+    about = {**about_gpu(places, shape, options["extra"]), "mps": parts}
+    servers: list[Server] = []
+    with contextlib.ExitStack() as stack:
+        env = stack.enter_context(mps.service(places.count(places[0]))) if parts else {}
+        stack.callback(lambda: [server.stop() for server in servers])
+        for gpu, port in zip(places, ports, strict=True):
+            share = round(0.9 / places.count(gpu), 3)
+            servers.append(
+                engine(
+                    vllm_python,
+                    model,
+                    gpu,
+                    port=port,
+                    events=free_port(),
+                    blocks=blocks,
+                    share=share,
+                    extra=options["extra"],
+                    env=env,
+                )
+            )
+        try:
+            result = asyncio.run(measure(servers, campaign, about, console, options["out"]))
+        except StartFailed as failure:
+            raise click.ClickException(str(failure)) from failure
     tables.show(console, [Measurement(**m) for m in result["measurements"]])
     if options["out"]:
         console.print(f"saved as {options['out']}.json in benchmarks/results")
