@@ -90,21 +90,33 @@ def render(results: sections.Results) -> str:
     return "\n\n".join([_HEAD.strip(), *(part for part in parts if part), _gpu(results)]) + "\n"
 
 
-_ON_A_GPU = (
-    "Stock vLLM, random weights. Engines that share a GPU take turns on it: what one leaves idle the other has, so "
-    "that balance is worth nothing, and a router that keeps to one engine decodes in fewer, larger batches. Engines "
-    "that have a GPU each lose that time. In bfloat16 greedy replies change with the batch, and replies are parts of "
-    "later prompts: *outputs differ* says nothing about the systems."
+_NUMERICS = (
+    "In bfloat16 greedy replies change with the batch, and replies are parts of later prompts: *outputs differ* says "
+    "nothing about the systems."
+)
+_PARTS = (
+    "Stock vLLM, random weights. One card stands for two: CUDA's Multi-Process Service gives each engine half of its "
+    f"multiprocessors, so that neither has what the other leaves idle; memory bandwidth is common. {_NUMERICS}"
+)
+_TURNS = (
+    "The same without the Multi-Process Service, and with batches that the engines hold. Engines that share a GPU "
+    "take turns on it: what one leaves idle the other has, so that balance is worth nothing, and a router that keeps "
+    "to one engine decodes in fewer, larger batches. **Here we gain nothing**; one engine is the better choice then."
 )
 
 
 def _gpu(results: sections.Results) -> str:
-    if "gpu" in results:
-        return sections.campaign_section("gpu", "On a GPU", _ON_A_GPU)(results, PLOTS)
-    return (
-        "## On a GPU\n\n**Not run.** `python -m benchmarks.gpu.run` does it on a machine with a GPU and vLLM: two "
-        "engines with random weights of Qwen3-8B's shape, the same harness."
-    )
+    if "gpu" not in results:
+        return (
+            "## On a GPU\n\n**Not run.** `python -m benchmarks.gpu.run` does it on a machine with a GPU and vLLM: "
+            "two engines with random weights of Qwen3-8B's shape, the same harness."
+        )
+    parts = [
+        sections.campaign_section("gpu", "On a GPU", _PARTS)(results, PLOTS),
+        sections.campaign_section("gpu_shared", "On a GPU, engines that take turns", _TURNS)(results, PLOTS),
+        sections.gpu_rates(results),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def load() -> sections.Results:

@@ -244,6 +244,25 @@ def predictions(results: Results, folder: Path) -> str:
     )
 
 
+def gpu_rates(results: Results) -> str:
+    """One engine alone on a GPU beside the simulator's profile of it."""
+    if "gpu_rates" not in results:
+        return ""
+    about, rows = results["gpu_rates"]["about"], results["gpu_rates"]["rows"]
+    body = [
+        [name, f"{row['measured_s']:.3f}", f"{row['simulated_s']:.3f}", f"{row['error']:+.0%}"]
+        for name, row in rows.items()
+    ]
+    table = markdown_table(["calls × (prompt + output)", "measured s", "simulated s", "error"], body)
+    return (
+        f"## The simulator's `{about['profile']}` against the card\n\nThe profile is a roofline "
+        "of published rates and stated efficiencies, fitted to nothing. Here one engine has the whole card; "
+        f"calls start together, share no prefix, and are timed at the client: {about['engine_versions'][0]} "
+        f"({about['model']}, whose small vocabulary saves a seventh of the weights) on "
+        f"{' and '.join(about['cards']) or 'no GPU'}; {about['date'][:10]}.\n\n{table}"
+    )
+
+
 def lookahead(results: Results, folder: Path) -> str:
     """Time to first token with and without prefilling while the client thinks."""
     if "lookahead" not in results:

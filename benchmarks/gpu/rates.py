@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import statistics
+from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
@@ -105,7 +106,12 @@ def main(vllm_python: str, shape: str, gpu: str, profile: str, blocks: int, repe
             f"{name:20} {row['measured_s']:8.3f} s, {profile} {row['simulated_s']:8.3f} s {row['error']:+.0%}"
         )
     if options["out"]:
-        about = {**about_gpu([gpu], shape, options["extra"]), "engine_versions": [version], "profile": profile}
+        about = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **about_gpu([gpu], shape, options["extra"]),
+            "engine_versions": [version],
+            "profile": profile,
+        }
         console.print(f"saved {save({'about': about, 'rows': rows}, options['out'])}")
 
 

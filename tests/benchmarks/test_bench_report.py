@@ -102,6 +102,12 @@ def test_a_gpu_s_section_names_card_and_engine(folder: Path) -> None:
     text = report.render({"gpu": found})
     assert "Engines: 2 × vllm 1.2 (qwen3-8b) sharing NVIDIA H200, each with" in text
     assert "1–2 interleaved repeats" in text
+    found["about"]["mps"] = True
+    row = {"measured_s": 0.5, "simulated_s": 0.6, "error": 0.2}
+    about = {**found["about"], "profile": "h100-8b", "date": "2026-01-02T03:04:05"}
+    text = report.render({"gpu": found, "gpu_rates": {"about": about, "rows": {"1 × (512 + 64)": row}}})
+    assert "with an equal part each (MPS) of NVIDIA H200" in text
+    assert "| 1 × (512 + 64) | 0.500 | 0.600 | +20% |" in text
 
 
 def test_the_simulator_turns_off_what_the_served_systems_do() -> None:
