@@ -46,7 +46,7 @@ bench: $(ENV) ## measure everything against the peers and write docs/benchmarks.
 	$(BIN)/python -m benchmarks.report --run full $(ARGS)
 
 bench-quick: $(ENV) ## a five-minute look at the same
-	$(BIN)/python -m benchmarks.build_peers
+	$(BIN)/python -m benchmarks.build_peers sglang-router
 	$(BIN)/python -m benchmarks.report --run quick $(ARGS)
 
 lock: $(ENV) ## renew the lock file from pyproject.toml

@@ -95,8 +95,9 @@ _NUMERICS = (
     "nothing about the systems."
 )
 _PARTS = (
-    "Stock vLLM, random weights. One card stands for two: CUDA's Multi-Process Service gives each engine half of its "
-    f"multiprocessors, so that neither has what the other leaves idle; memory bandwidth is common. {_NUMERICS}"
+    "`python -m benchmarks.gpu.run --mps`: stock vLLM, random weights. One card stands for two: CUDA's Multi-Process "
+    "Service gives each engine half of its multiprocessors, so that neither has what the other leaves idle; memory "
+    f"bandwidth is common. {_NUMERICS}"
 )
 _TURNS = (
     "The same without the Multi-Process Service, and with batches that the engines hold. Engines that share a GPU "
@@ -140,7 +141,7 @@ def measure(kind: str, only: Sequence[str] | None, console: Console) -> None:
         save(result, name)
     if only is None or "overhead" in only:
         console.rule("overhead")
-        names = ["direct", "bare", "helium", "vllm-router", *(["litellm"] if kind != "quick" else [])]
+        names = ["bare", "helium"] if kind == "quick" else ["direct", "bare", "helium", "vllm-router", "litellm"]
         repeats, seconds = {"quick": (1, 2.0), "full": (2, 3.0), "publish": (3, 3.0)}[kind]
         found = asyncio.run(overhead.run(names, repeats, seconds, console))
         overhead.show(console, found)

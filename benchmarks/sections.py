@@ -255,9 +255,9 @@ def gpu_rates(results: Results) -> str:
     ]
     table = markdown_table(["calls × (prompt + output)", "measured s", "simulated s", "error"], body)
     return (
-        f"## The simulator's `{about['profile']}` against the card\n\nThe profile is a roofline "
-        "of published rates and stated efficiencies, fitted to nothing. Here one engine has the whole card; "
-        f"calls start together, share no prefix, and are timed at the client: {about['engine_versions'][0]} "
+        f"## The simulator's `{about['profile']}` against the card\n\n`python -m benchmarks.gpu.rates`: the profile "
+        "is a roofline of published rates and stated efficiencies, fitted to nothing. Here one engine has the whole "
+        f"card; calls start together, share no prefix, and are timed at the client: {about['engine_versions'][0]} "
         f"({about['model']}, whose small vocabulary saves a seventh of the weights) on "
         f"{' and '.join(about['cards']) or 'no GPU'}; {about['date'][:10]}.\n\n{table}"
     )
