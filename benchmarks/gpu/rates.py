@@ -75,17 +75,8 @@ def main(vllm_python: str, shape: str, gpu: str, profile: str, blocks: int, repe
     stop_on_sigterm()
     console = Console()
     model = build_model(vllm_python, shape)
-    server = engine(
-        vllm_python,
-        model,
-        gpu,
-        port=free_port(),
-        events=free_port(),
-        blocks=blocks,
-        share=0.9,
-        extra=options["extra"],
-        env={},
-    )
+    how = {"blocks": blocks, "share": 0.9, "extra": options["extra"], "env": {}}
+    server = engine(vllm_python, model, gpu, port=free_port(), events=free_port(), **how)
 
     async def run() -> tuple[str, dict[str, list[float]]]:
         async with aiohttp.ClientSession() as session:

@@ -193,23 +193,12 @@ def main(vllm_python: str, shape: str, gpus: str, parts: bool, blocks: int, size
     about = {**about_gpu(places, shape, options["extra"]), "mps": parts}
     servers: list[Server] = []
     with contextlib.ExitStack() as stack:
-        env = stack.enter_context(mps.service(places.count(places[0]))) if parts else {}
+        env: Mapping[str, str] = stack.enter_context(mps.service(places.count(places[0]))) if parts else {}
         stack.callback(lambda: [server.stop() for server in servers])
         for gpu, port in zip(places, ports, strict=True):
             share = round(0.9 / places.count(gpu), 3)
-            servers.append(
-                engine(
-                    vllm_python,
-                    model,
-                    gpu,
-                    port=port,
-                    events=free_port(),
-                    blocks=blocks,
-                    share=share,
-                    extra=options["extra"],
-                    env=env,
-                )
-            )
+            how = {"blocks": blocks, "share": share, "extra": options["extra"], "env": env}
+            servers.append(engine(vllm_python, model, gpu, port=port, events=free_port(), **how))
         try:
             result = asyncio.run(measure(servers, campaign, about, console, options["out"]))
         except StartFailed as failure:
