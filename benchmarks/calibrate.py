@@ -266,6 +266,22 @@ def document(report: dict[str, Any]) -> None:
     PAGE.write_text("\n".join((head + BEGIN, *lines, END + rest.partition(END)[2])))
 
 
+def compare(
+    config: EngineConfig, workload: dict[str, list[Job]], measured: dict[str, list[float]], of: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    """By batch: what was `measured` in each repeat, the one figure `of` these, and what the simulator says to it."""
+    out = {}
+    for name, jobs in workload.items():
+        ours = simulated(config, jobs)
+        out[name] = {
+            "measured_s": round(of[name], 4),
+            "repeats_s": [round(t, 4) for t in measured[name]],
+            "simulated_s": round(ours, 4),
+            "error": round(ours / of[name] - 1, 4),
+        }
+    return out
+
+
 def calibrate(config: EngineConfig, measured: dict[str, list[float]]) -> dict[str, Any]:
     """The fit and its errors, from what was measured."""
     best = {name: min(times) for name, times in measured.items()}
@@ -282,19 +298,7 @@ def calibrate(config: EngineConfig, measured: dict[str, list[float]]) -> dict[st
     )
     config = replace(config, profile=profile)
 
-    def compare(workload: dict[str, list[Job]]) -> dict[str, dict[str, Any]]:
-        out = {}
-        for name, jobs in workload.items():
-            ours = simulated(config, jobs)
-            out[name] = {
-                "measured_s": round(best[name], 4),
-                "repeats_s": [round(t, 4) for t in measured[name]],
-                "simulated_s": round(ours, 4),
-                "error": round(ours / best[name] - 1, 4),
-            }
-        return out
-
-    fitted, judged = compare(batches), compare(workloads(0))
+    fitted, judged = (compare(config, which, measured, best) for which in (batches, workloads(0)))
     return {
         "what": "embedded engine against a real vLLM CPU engine; measured_s is the fastest of the repeats",
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},

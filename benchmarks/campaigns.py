@@ -150,6 +150,6 @@ FULL: dict[str, Campaign] = {
 
 
 def quick() -> dict[str, Campaign]:
-    """Embedded engines only, once, small batches, the fastest of the peers."""
+    """Embedded engines only, once, small batches, one of the two routers: here they place alike."""
     small = replace(_ALONE_EMBEDDED, engines="embedded:2", systems=("rr", "sglang", "helium"), scale=0.12)
     return {"quick": small}

@@ -46,7 +46,8 @@ _SECTIONS: tuple[sections.Section, ...] = (
         "Six shapes on real vLLM",
         "Two real vLLM CPU engines (float32, greedy), the paper's six shapes. Engines, their API servers, proxy and "
         "client share two cores of a machine with neighbours: makespans of one system differ by a fifth and more "
-        "between repeats, which is more than most differences between systems. What is counted repeats within 5%.",
+        "between repeats, which is more than most differences between systems. What is counted repeats within a "
+        "twentieth, on trading and parallel chains within a tenth.",
     ),
     sections.campaign_section(
         "h100",
@@ -95,14 +96,14 @@ _NUMERICS = (
     "nothing about the systems."
 )
 _PARTS = (
-    "`python -m benchmarks.gpu.run --mps`: stock vLLM, random weights. One card stands for two: CUDA's Multi-Process "
-    "Service gives each engine half of its multiprocessors, so that neither has what the other leaves idle; memory "
-    f"bandwidth is common. {_NUMERICS}"
+    "`python -m benchmarks.gpu.run --mps`: stock vLLM, random weights. One card stands for several: CUDA's "
+    "Multi-Process Service gives each engine an equal part of its multiprocessors, so that none has what another "
+    f"leaves idle; memory bandwidth is common. {_NUMERICS}"
 )
 _TURNS = (
-    "The same without the Multi-Process Service, and with batches that the engines hold. Engines that share a GPU "
+    "`python -m benchmarks.gpu.run --out gpu_shared`, batches that the engines hold. Engines that share a GPU so "
     "take turns on it: what one leaves idle the other has, so that balance is worth nothing, and a router that keeps "
-    "to one engine decodes in fewer, larger batches. **Here we gain nothing**; one engine is the better choice then."
+    "to one engine decodes in fewer, larger batches."
 )
 
 

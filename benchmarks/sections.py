@@ -258,7 +258,7 @@ def gpu_rates(results: Results) -> str:
         f"## The simulator's `{about['profile']}` against the card\n\n`python -m benchmarks.gpu.rates`: the profile "
         "is a roofline of published rates and stated efficiencies, fitted to nothing. Here one engine has the whole "
         f"card; calls start together, share no prefix, and are timed at the client: {about['engine_versions'][0]} "
-        f"({about['model']}, whose small vocabulary saves a seventh of the weights) on "
+        f"({about['model']}, with a vocabulary of 8,192) on "
         f"{' and '.join(about['cards']) or 'no GPU'}; {about['date'][:10]}.\n\n{table}"
     )
 

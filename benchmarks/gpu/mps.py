@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -17,9 +16,14 @@ from collections.abc import Iterator
 CONTROL = "nvidia-cuda-mps-control"
 
 
+def part(engines: int) -> dict[str, str]:
+    """The environment of one of `engines` that share a GPU equally."""
+    return {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": f"{100 / engines:g}"}
+
+
 @contextlib.contextmanager
-def service(parts: int) -> Iterator[dict[str, str]]:
-    """Runs the daemon; yields the environment of a process that gets one of `parts` equal parts.
+def service() -> Iterator[dict[str, str]]:
+    """Runs the daemon; yields the environment of its clients, to which each adds its `part`.
 
     Raises:
         OSError: there is no such program here.
@@ -29,10 +33,9 @@ def service(parts: int) -> Iterator[dict[str, str]]:
         where = {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log"}
         for path in where.values():
             os.mkdir(path)
-        control = shutil.which(CONTROL) or CONTROL
         env = {**os.environ, **where}
-        subprocess.run([control, "-d"], env=env, check=True, timeout=30)
+        subprocess.run([CONTROL, "-d"], env=env, check=True, timeout=30)
         try:
-            yield {**where, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": f"{100 / parts:g}"}
+            yield where
         finally:
-            subprocess.run([control], input="quit\n", text=True, env=env, check=False, timeout=60)
+            subprocess.run([CONTROL], input="quit\n", text=True, env=env, check=False, timeout=60)

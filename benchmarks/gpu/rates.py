@@ -16,10 +16,10 @@ import aiohttp
 import click
 from rich.console import Console
 
-from benchmarks.calibrate import Job, real, simulated, tokens
+from benchmarks.calibrate import Job, compare, real, tokens
 from benchmarks.campaign import save
 from benchmarks.gpu.run import about_gpu, build_model, engine, engine_version
-from benchmarks.process import StartFailed, free_port, stop_on_sigterm
+from benchmarks.process import StartFailed, stop_on_sigterm
 from helium_proxy.engine import EngineConfig
 from helium_proxy.engine.profile import PROFILES
 
@@ -47,20 +47,6 @@ async def measure(url: str, repeats: int) -> dict[str, list[float]]:
     return found
 
 
-def compare(found: dict[str, list[float]], config: EngineConfig) -> dict[str, Any]:
-    """Medians beside what the profile says."""
-    rows = {}
-    for name, jobs in batches(0).items():
-        measured, ours = statistics.median(found[name]), simulated(config, jobs)
-        rows[name] = {
-            "measured_s": round(measured, 4),
-            "repeats_s": [round(t, 4) for t in found[name]],
-            "simulated_s": round(ours, 4),
-            "error": round(ours / measured - 1, 4),
-        }
-    return rows
-
-
 @click.command()
 @click.option("--vllm-python", required=True, help="An interpreter with vLLM.")
 @click.option("--shape", default="qwen3-8b", help="qwen3-8b, or tiny to try the script.")
@@ -75,8 +61,7 @@ def main(vllm_python: str, shape: str, gpu: str, profile: str, blocks: int, repe
     stop_on_sigterm()
     console = Console()
     model = build_model(vllm_python, shape)
-    how = {"blocks": blocks, "share": 0.9, "extra": options["extra"], "env": {}}
-    server = engine(vllm_python, model, gpu, port=free_port(), events=free_port(), **how)
+    server = engine(vllm_python, model, gpu, blocks=blocks, extra=options["extra"])
 
     async def run() -> tuple[str, dict[str, list[float]]]:
         async with aiohttp.ClientSession() as session:
@@ -91,7 +76,8 @@ def main(vllm_python: str, shape: str, gpu: str, profile: str, blocks: int, repe
     finally:
         server.stop()
     config = EngineConfig(profile=profile, block_size=16, num_blocks=blocks, max_model_len=8192, policy="priority")
-    rows = compare(found, config)
+    medians = {name: statistics.median(times) for name, times in found.items()}
+    rows = compare(config, batches(0), found, medians)
     for name, row in rows.items():
         console.print(
             f"{name:20} {row['measured_s']:8.3f} s, {profile} {row['simulated_s']:8.3f} s {row['error']:+.0%}"

@@ -72,19 +72,17 @@ def engine(
     model: Path,
     gpu: str,
     *,
-    port: int,
-    events: int,
     blocks: int,
-    share: float,
     extra: tuple[str, ...],
-    env: Mapping[str, str],
+    sharing: int = 1,
+    env: Mapping[str, str] | None = None,
 ) -> Server:
-    """One vLLM API server; started, not yet ready.
+    """One vLLM API server on a port of its own, one of `sharing` on its GPU; started, not yet ready.
 
     Its KV is given in bytes: engines that start at the same time on one GPU and measure what is left of its memory
     would see each other's half-loaded weights.
     """
-    endpoint = f"tcp://*:{events}"
+    port, endpoint = free_port(), f"tcp://*:{free_port()}"
     publish = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint, "topic": "kv-events"}
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
@@ -92,10 +90,10 @@ def engine(
     command += ["--scheduling-policy", "priority", "--enable-prompt-tokens-details"]
     command += ["--kv-events-config", json.dumps(publish)]
     if gpu != "cpu":
-        command += ["--gpu-memory-utilization", str(share)]
+        command += ["--gpu-memory-utilization", str(round(0.9 / sharing, 3))]
         command += ["--kv-cache-memory-bytes", str(blocks * _BLOCK * kv_bytes_per_token(model))]
     env = {
-        **env,
+        **(env or {}),
         "CUDA_VISIBLE_DEVICES": "" if gpu == "cpu" else gpu,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -149,7 +147,8 @@ async def measure(
     return result
 
 
-def _batches(pairs: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+def batches_of(pairs: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """(shape, runs) of each ``SHAPE=RUNS``. Raises `click.BadParameter`."""
     found = []
     for pair in pairs:
         shape, _, runs = pair.partition("=")
@@ -163,7 +162,7 @@ def _batches(pairs: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 @click.option("--vllm-python", default=sys.executable, help="An interpreter with vLLM.")
 @click.option("--shape", default="qwen3-8b", help="qwen3-8b, or tiny to try the script.")
 @click.option("--gpus", default="0,0", help="GPU of each engine; cpu for the CPU build.")
-@click.option("--mps", "parts", is_flag=True, help="Engines that share a GPU have a part of it each.")
+@click.option("--mps", "service", is_flag=True, help="Engines that share a GPU have a part of it each.")
 @click.option("--blocks", default=4096, help="KV blocks per engine.")
 @click.option("--sizes", default="P1", type=click.Choice(list(SIZES)), help="Prompt sizes.")
 @click.option("--scale", default=4.0, help="Factor on the shapes' batches.")
@@ -173,36 +172,37 @@ def _batches(pairs: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 @click.option("--repeats", default=3)
 @click.option("--engine-arg", "extra", multiple=True, help="One more argument to the engines' command.")
 @click.option("--out", default="gpu", help="Name of the result file; empty: not saved.")
-def main(vllm_python: str, shape: str, gpus: str, parts: bool, blocks: int, sizes: str, **options: Any) -> None:
+def main(vllm_python: str, shape: str, gpus: str, service: bool, blocks: int, sizes: str, **options: Any) -> None:
     """Build the model, start the engines, measure, save."""
     stop_on_sigterm()
     console = Console(width=None if sys.stdout.isatty() else 190)
     model = build_model(vllm_python, shape)
     places = gpus.split(",")
-    ports = [free_port() for _ in places]
-    campaign = Campaign(
-        engines=",".join(f"http://127.0.0.1:{port}" for port in ports),
-        options=EngineOptions(blocks=blocks, extra=options["extra"]),
-        shapes=tuple(options["shapes"].split(",")),
-        systems=tuple(options["systems"].split(",")),
-        sizes=sizes,
-        repeats=options["repeats"],
-        scale=options["scale"],
-        batches=_batches(options["batches"]),
-    )
-    about = {**about_gpu(places, shape, options["extra"]), "mps": parts}
+    about = {**about_gpu(places, shape, options["extra"]), "mps": service}
     servers: list[Server] = []
-    with contextlib.ExitStack() as stack:
-        env: Mapping[str, str] = stack.enter_context(mps.service(places.count(places[0]))) if parts else {}
-        stack.callback(lambda: [server.stop() for server in servers])
-        for gpu, port in zip(places, ports, strict=True):
-            share = round(0.9 / places.count(gpu), 3)
-            how = {"blocks": blocks, "share": share, "extra": options["extra"], "env": env}
-            servers.append(engine(vllm_python, model, gpu, port=port, events=free_port(), **how))
-        try:
+    try:
+        with contextlib.ExitStack() as stack:
+            env = stack.enter_context(mps.service()) if service else {}
+            stack.callback(lambda: [server.stop() for server in servers])
+            for gpu in places:
+                sharing = places.count(gpu)
+                part = {**env, **mps.part(sharing)} if service else env
+                servers.append(
+                    engine(vllm_python, model, gpu, blocks=blocks, extra=options["extra"], sharing=sharing, env=part)
+                )
+            campaign = Campaign(
+                engines=",".join(server.ready_url.removesuffix("/health") for server in servers),
+                options=EngineOptions(blocks=blocks, extra=options["extra"]),
+                shapes=tuple(options["shapes"].split(",")),
+                systems=tuple(options["systems"].split(",")),
+                sizes=sizes,
+                repeats=options["repeats"],
+                scale=options["scale"],
+                batches=batches_of(options["batches"]),
+            )
             result = asyncio.run(measure(servers, campaign, about, console, options["out"]))
-        except StartFailed as failure:
-            raise click.ClickException(str(failure)) from failure
+    except (OSError, subprocess.CalledProcessError, StartFailed) as failure:
+        raise click.ClickException(str(failure)) from failure
     tables.show(console, [Measurement(**m) for m in result["measurements"]])
     if options["out"]:
         console.print(f"saved as {options['out']}.json in benchmarks/results")

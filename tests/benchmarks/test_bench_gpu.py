@@ -8,7 +8,7 @@ import click
 import pytest
 
 from benchmarks.gpu import mps
-from benchmarks.gpu.run import _batches
+from benchmarks.gpu.run import batches_of
 
 
 def test_the_service_runs_for_as_long_as_the_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,16 +17,16 @@ def test_the_service_runs_for_as_long_as_the_engines(tmp_path: Path, monkeypatch
     program.write_text(f'#!/bin/sh\nif [ "$1" = -d ]; then echo start; else cat; fi >> {heard}\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with mps.service(2) as env:
+    with mps.service() as env:
         assert heard.read_text() == "start\n"
-        assert env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "50"
+        assert mps.part(2) == {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "50"}
         assert Path(env["CUDA_MPS_PIPE_DIRECTORY"]).is_dir()
     assert heard.read_text() == "start\nquit\n"
     assert not Path(env["CUDA_MPS_PIPE_DIRECTORY"]).exists()
 
 
 def test_a_shape_s_batch_is_given_by_name() -> None:
-    assert _batches(("debate=3", "trading=1")) == (("debate", 3), ("trading", 1))
+    assert batches_of(("debate=3", "trading=1")) == (("debate", 3), ("trading", 1))
     for wrong in ("debate", "debate=x", "nothing=3"):
         with pytest.raises(click.BadParameter):
-            _batches((wrong,))
+            batches_of((wrong,))
