@@ -11,6 +11,9 @@ back, and so a prefix is kept exactly if ::
 
 Probability and time are learned for each node of a workflow, from all its calls, kept or not; a call comes back if
 another's prompt contains every full block of its own.
+
+Engines evict what was used least recently, so what is left after a kept prefix is evicted after it: to give that room
+away would cost the kept prefix. Whatever ends while a place is kept is therefore kept as long as that.
 """
 
 from __future__ import annotations
@@ -69,6 +72,8 @@ class Place:
     worker: str
     blocks: int
     """KV blocks that nobody else may take meanwhile."""
+    own: bool
+    """Kept for its own sake, not for that of an older one."""
     since: float
     until: float
     """Until when they are kept, if it has not come back by then."""
@@ -84,6 +89,7 @@ class Returns:
         self._ends: list[tuple[float, int]] = []  # heap of (when the place is given up, block)
         self._judged: list[tuple[float, int]] = []  # heap of (when it counts as not come back, block)
         self._kept: dict[str, int] = {}  # worker → blocks kept there
+        self._latest: dict[str, float] = {}  # worker → the latest end of a place kept there for its own sake
 
     def __repr__(self) -> str:
         return f"<Returns {len(self._awaited)} awaited, {sum(self._kept.values())} blocks kept>"
@@ -109,11 +115,16 @@ class Returns:
         habit = self.habit(key)
         window = min(_LONGEST_S, whole_s)
         pays = habit.kept < habit.trust and habit.mean_s < habit.probability * window
-        until = now + min(window, habit.patience_s) if pays else now
-        place = self._awaited[chain[-1]] = Place(key, worker, blocks if pays else 0, now, until)
-        self._keep(worker, place.blocks)
+        until = now
         if pays:
             habit.kept += 1
+            until += min(window, habit.patience_s)
+            self._latest[worker] = max(until, self._latest.get(worker, 0.0))
+        elif worker in self._kept:
+            until = max(now, self._latest[worker])
+        place = self._awaited[chain[-1]] = Place(key, worker, blocks if until > now else 0, pays, now, until)
+        self._keep(worker, place.blocks)
+        if place.blocks:
             heapq.heappush(self._ends, (until, chain[-1]))
         heapq.heappush(self._judged, (now + window, chain[-1]))
         while len(self._awaited) > _AWAITED:
@@ -137,8 +148,9 @@ class Returns:
             until, block = heapq.heappop(self._ends)
             place = self._awaited.get(block)
             if place is not None and place.until == until:
-                habit = self.habit(place.key)
-                habit.trust = max(1, habit.trust // 2)
+                if place.own:
+                    habit = self.habit(place.key)
+                    habit.trust = max(1, habit.trust // 2)
                 self._give_up(place)
         while self._judged and self._judged[0][0] <= now:
             _, block = heapq.heappop(self._judged)
@@ -169,8 +181,9 @@ class Returns:
 
     def _give_up(self, place: Place) -> None:
         if place.blocks:
-            habit = self.habit(place.key)
-            habit.kept = max(0, habit.kept - 1)
+            if place.own:
+                habit = self.habit(place.key)
+                habit.kept = max(0, habit.kept - 1)
             self._keep(place.worker, -place.blocks)
             place.blocks = 0
 
@@ -180,3 +193,4 @@ class Returns:
             self._kept[worker] = left
         else:
             self._kept.pop(worker, None)
+            self._latest.pop(worker, None)

@@ -98,11 +98,11 @@ def roofline(name: str, gpu: Gpu, model: Model) -> Profile:
 
 CPU_TINY = Profile(
     "cpu-tiny",
-    step_s=17.04e-3,
-    prefill_token_s=0.8349e-3,
-    prefill_context_s=3.216e-7,
-    decode_seq_s=1.261e-3,
-    context_token_s=5.369e-6,
+    step_s=11.67e-3,
+    prefill_token_s=0.5453e-3,
+    prefill_context_s=1.182e-7,
+    decode_seq_s=0.4504e-3,
+    context_token_s=8.571e-7,
     kv_tokens=65_536,
     block_size=128,
     max_num_seqs=128,

@@ -53,17 +53,36 @@ def test_of_a_first_wave_only_as_many_are_waited_for_as_have_come_back() -> None
     chains = [tuple(range(wave * 1000, wave * 1000 + 20)) for wave in range(20)]
     for chain in chains:
         finish(awaited, 0.0, chain)
-    assert awaited.kept("w") == 20, "one call's"
+    assert awaited.habit(KEY).kept == 1
     for chain in chains[:8]:
         awaited.arrived((*chain, 1), 0.01)
     for chain in chains:
         finish(awaited, 1.0, (*chain, chain[0] + 500))
-    assert awaited.kept("w") == 9 * 20
+    assert awaited.habit(KEY).kept == 9
     awaited.expire(1.9)
     assert awaited.habit(KEY).kept == 0
     for chain in chains:
         finish(awaited, 2.0, (*chain, chain[0] + 600))
-    assert awaited.kept("w") == 20, "those were kept in vain"
+    assert awaited.habit(KEY).kept == 1, "those were kept in vain"
+
+
+def test_what_ends_while_a_place_is_kept_is_kept_as_long_as_that() -> None:
+    """It is evicted after the place's blocks, so that room made of it would be made of those."""
+    awaited = Returns()
+    later = tuple(range(1000, 1020))
+    awaited.habit(KEY).trust = 1
+    finish(awaited, 0.0)
+    end = awaited.next_end()
+    finish(awaited, 0.01, later)
+    assert awaited.kept("w") == 40
+    assert awaited.next_end() == end
+    assert end is not None
+    awaited.expire(end)
+    assert awaited.kept("w") == 0
+    assert awaited.habit(KEY).kept == 0
+    finish(awaited, 0.5, later)
+    awaited.arrived(NEXT, 0.5)
+    assert awaited.kept("w") == 20, "the one alone"
 
 
 def test_it_says_where_a_call_comes_back_to() -> None:
