@@ -72,9 +72,7 @@ _AGENTS = replace(
 )
 
 _ABLATION = replace(
-    _VLLM,
-    engines="embedded:2",
-    options=EngineOptions(profile="cpu-tiny", blocks=96),
+    _COMPACT,
     shapes=("trading", "debate", "parallel_chains"),
     systems=(
         "rr",
@@ -87,8 +85,6 @@ _ABLATION = replace(
         "helium-no-templates",
         "helium-passthrough",
     ),
-    sizes="small",
-    scale=0.5,
 )
 
 _STARVATION = replace(

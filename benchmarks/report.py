@@ -45,9 +45,7 @@ _SECTIONS: tuple[sections.Section, ...] = (
         "vllm",
         "Six shapes on real vLLM",
         "Two real vLLM CPU engines (float32, greedy), the paper's six shapes. Engines, their API servers, proxy and "
-        "client share two cores of a machine with neighbours: makespans of one system differ by a fifth and more "
-        "between repeats, which is more than most differences between systems. What is counted repeats within a "
-        "twentieth, on trading and parallel chains within a tenth.",
+        "client share two cores of a machine with neighbours, so that the ranges matter as much as the medians.",
     ),
     sections.campaign_section(
         "h100",
