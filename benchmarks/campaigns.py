@@ -30,7 +30,7 @@ _ALONE = replace(_COMPACT, engines="vllm:1", systems=("rr",), scale=0.125)
 _ALONE_EMBEDDED = replace(
     _ALONE,
     engines="embedded:1",
-    options=EngineOptions(profile="cpu-tiny", blocks=96, block_size=32),
+    options=EngineOptions(profile="cpu-tiny", blocks=_COMPACT.options.blocks, block_size=_COMPACT.options.block_size),
     repeats=1,
 )
 """One engine with a core to itself, real and embedded: how far the latter can be trusted."""

@@ -16,8 +16,7 @@ from helium_proxy.residency.index import Chain, Holders, WorkerResidency
 
 __all__ = ["Assignment", "DispatchState", "QueuedCall", "WorkerState"]
 
-_RUNS_REMEMBERED = 4_000
-"""Twice as many as the workflow room remembers by default."""
+_RUNS_REMEMBERED = 100_000
 _LEAST_LEFT = 0.1
 """Of the work of what runs, what is taken to be left however long it has run."""
 UNBOUNDED_BLOCKS = 1 << 20

@@ -187,7 +187,7 @@ class VllmEngine(EngineClient):
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": str(self._core),
             # The model runs in the engine's own process. In one of its own, which is the CPU build's default, both
-            # spin while they wait for each other; on as many cores as engines that takes a third of the time.
+            # spin while they wait for each other, and there are no more cores here than engines.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": "1",
             "PYTHONHASHSEED": "0",
