@@ -5,6 +5,10 @@ windows, with forgetting. A decoded token counts as `DECODE_WEIGHT` prefilled on
 apart as long as calls look alike, and then gives either of them any value; placement needs only their sum, and a
 prefill cost of the right order. The latency of a decode step, for predictions of duration, comes from the calls.
 
+What a prefilled token costs at the margin is fitted from the calls themselves: a call takes `bare_step_s` for each
+token of its output, and `stall_s` for each token that the engine prefills meanwhile, for it or for others. How much
+that is varies from call to call, so that these two can be told apart.
+
 Calls of one batch end together. A window that counted those only that have ended would call the engine slow when the
 first of them ends, and fast when the others do. So what runs counts, too, by its age: a call that has run for half as
 long as the one that has just ended took is half done.
@@ -21,6 +25,9 @@ DECODE_WEIGHT = 4.0
 _FORGET = 0.95
 _SMOOTH = 0.1
 _MIN_WINDOW_S = 0.5
+_FORGET_CALLS = 0.99
+_PRIOR_CALLS = 1.0
+"""The prior of `stall_s` weighs as much as so many calls."""
 _PRIOR_S = 2.0
 """Busy seconds of its own after which a worker's measurements weigh as much as those of its peers."""
 _LEAST_S, _MOST_S = 1e-7, 0.1
@@ -48,9 +55,15 @@ class Rates:
         # -- state
         self.prefill_s = PRIOR_PREFILL_S  # engine seconds per prompt token computed
         self.step_s = DECODE_WEIGHT * PRIOR_PREFILL_S  # seconds between two tokens of one call
+        self.stall_s = PRIOR_PREFILL_S  # seconds by which a token that is prefilled delays what runs
+        self.bare_step_s = 0.0  # seconds of a step that prefills nothing; 0: not known yet
         self.busy_s = self.work = 0.0  # of the windows so far, decayed by _FORGET a window
         self._windows = self._steps = 0
-        self._running: dict[str, tuple[float, float]] = {}  # call → (start, work expected)
+        # call → (start, work expected, prompt tokens computed for the calls before it)
+        self._running: dict[str, tuple[float, float, float]] = {}
+        self._prefilled = 0.0  # prompt tokens computed for all calls so far, as expected
+        # Decayed sums over calls, of 1, x, y, x², xy; per output token, x: tokens prefilled meanwhile, y: seconds.
+        self._moments: tuple[float, ...] = (0.0,) * 5
         # The window under way: busy seconds, and work of the calls that ended in it; and what had been done of those
         # that ran when it began.
         self._busy = self._ended = self._before = 0.0
@@ -76,7 +89,8 @@ class Rates:
         """A call has been sent that will compute about so many tokens."""
         if not self._running:
             self._since = now
-        self._running[call] = now, work(prompt_tokens, output_tokens)
+        self._running[call] = now, work(prompt_tokens, output_tokens), self._prefilled
+        self._prefilled += prompt_tokens
 
     def finished(self, call: str, prompt_tokens: float, output_tokens: float, now: float) -> bool:
         """A call ended: `prompt_tokens` it computed (not those it found cached), `output_tokens`. Whether this has
@@ -87,12 +101,13 @@ class Rates:
         took = now - known[0]
         self._ended += work(prompt_tokens, output_tokens)
         if output_tokens >= 4:
+            self._regress((self._prefilled - known[2]) / output_tokens, took / output_tokens)
             step = max(1e-5, (took - prompt_tokens * self.prefill_s) / output_tokens)
             self._steps += 1
             self.step_s += max(_SMOOTH, 1 / self._steps) * (step - self.step_s)
         if self._busy < _MIN_WINDOW_S:
             return False
-        underway = sum(tokens * min(1.0, (now - start) / took) for start, tokens in self._running.values())
+        underway = sum(tokens * min(1.0, (now - start) / took) for start, tokens, _ in self._running.values())
         done = self._ended + underway - self._before
         if done <= 0:
             return False
@@ -117,7 +132,16 @@ class Rates:
         """A call ended without a count (it failed, or was aborted)."""
         self._end(call, now)
 
-    def _end(self, call: str, now: float) -> tuple[float, float] | None:
+    def _regress(self, x: float, y: float) -> None:
+        """Least squares over the calls so far, as ridge regression towards `prefill_s`."""
+        moments = zip(self._moments, (1.0, x, y, x * x, x * y), strict=True)
+        n, sx, sy, sxx, sxy = self._moments = tuple(_FORGET_CALLS * before + new for before, new in moments)
+        prior = _PRIOR_CALLS * sxx / n
+        slope = (sxy - sx * sy / n + prior * self.prefill_s) / (sxx - sx * sx / n + prior) if sxx else self.prefill_s
+        self.stall_s = min(_MOST_S, max(_LEAST_S, slope))
+        self.bare_step_s = max(0.0, (sy - self.stall_s * sx) / n)
+
+    def _end(self, call: str, now: float) -> tuple[float, float, float] | None:
         known = self._running.pop(call, None)
         if known is not None:
             self._busy += max(0.0, now - self._since)

@@ -20,10 +20,16 @@ class DispatchSettings(BaseModel):
     )
     admission: bool = Field(True, description="Hold calls back so that engines keep their own queues short.")
     kv_share: float = Field(
-        0.97,
+        0.95,
         gt=0,
         le=1,
         description="Share of a worker's KV that running calls may fill at their peak; the rest keeps prefixes.",
+    )
+    overcommit: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="By how much of the KV their peak may exceed that where a preemption costs next to nothing.",
     )
     keep_places: bool = Field(
         True, description="Keep room for a finished call's continuation while that pays, and place it where that ran."

@@ -19,6 +19,8 @@ __all__ = ["Assignment", "DispatchState", "QueuedCall", "WorkerState"]
 _RUNS_REMEMBERED = 100_000
 _LEAST_LEFT = 0.1
 """Of the work of what runs, what is taken to be left however long it has run."""
+_PREEMPTED = 3.0
+"""Blocks lost for each block of a call that is preempted: its own, and cached ones that it pushed out, twice."""
 UNBOUNDED_BLOCKS = 1 << 20
 """The mirror's size for a worker whose KV capacity is not known."""
 
@@ -112,11 +114,12 @@ class WorkerState:
         running = len(self.running)
         if not settings.admission or running == 0 or self.capacity is None:
             return running >= (settings.max_running if self.capacity or not running else settings.default_running)
-        return running >= settings.max_running or self.residency.referenced >= settings.kv_share * self.capacity
+        most = (settings.kv_share + settings.overcommit) * self.capacity
+        return running >= settings.max_running or self.residency.referenced >= most
 
     def has_room(self, call: QueuedCall, settings: DispatchSettings, now: float, kept: int = 0) -> bool:
-        """Whether the worker has room to run `call` to its end, without preemption, beside what runs and `kept`
-        blocks that others may come back to; an idle one always has."""
+        """Whether the worker has room to run `call` to its end beside what runs and `kept` blocks that others may
+        come back to, without preemption unless that costs little; an idle one always has."""
         running = len(self.running)
         if not settings.admission or running == 0:
             return running < settings.max_running
@@ -126,14 +129,28 @@ class WorkerState:
             return False
         held = self.matches(call)[1]
         pinned = self.residency.pinned_beside(call.chain, held)
+        prompt, own = len(call.chain) - held, self.anonymous_blocks(call)
         limit = min(settings.kv_share * self.capacity, self.capacity - pinned) - kept
-        prompts = self.residency.referenced + len(call.chain) - held
-        own = self.anonymous_blocks(call)
+        if not pinned:  # the engine would give up its pins rather than let a call wait
+            limit += settings.overcommit * self.capacity * self._worth_preempting(call, prompt + own)
+        prompts = self.residency.referenced + prompt
         if prompts + own + self.forecast.reserved <= limit:
             return True
         size, rates = self.block_size or call.block_size, self.rates
         end = now + rates.duration(0, call.output_tokens)
         return prompts + self.forecast.peak(now, 1 / (rates.step_s * size), own, end) <= limit
+
+    def _worth_preempting(self, call: QueuedCall, blocks: int) -> float:
+        """From 0 to 1, how little it matters if `call` has to be preempted and its `blocks` are computed again.
+
+        That stalls all that runs (`_PREEMPTED`). What is gained is the call's place in steps that take as long
+        without it: where memory bandwidth bounds a step and prefill is fast, as on accelerators, and batches are
+        small, this is more by far.
+        """
+        rates = self.rates
+        gain_s = rates.bare_step_s * call.output_tokens
+        loss_s = _PREEMPTED * rates.stall_s * blocks * (self.block_size or call.block_size) * len(self.running)
+        return max(0.0, 1 - loss_s / gain_s) if gain_s else 0.0
 
     def admit(self, assignment: Assignment) -> None:
         call, now = assignment.call, assignment.started_at

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from helium_proxy.dispatch.policy import decide
-from helium_proxy.dispatch.state import Assignment, QueuedCall
+from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall
 
 from .fleets import SIZE, ask, blocks, call, finish, fleet
 
@@ -154,6 +154,27 @@ def test_pinned_blocks_that_nobody_runs_on_are_left_alone() -> None:
     state = fleet(1, capacity=100)
     state.workers["w0"].residency.pin("p", blocks("p", 40))
     assert len(ask(state, *(call(blocks(f"q{i}", 25), output=8) for i in range(4)))) == 2
+
+
+def _with_measured_rates(stall_s: float, **options: Any) -> DispatchState:
+    """A worker of 100 blocks where a step takes 10 ms, and each prefilled token `stall_s`."""
+    state = fleet(1, capacity=100, kv_share=0.9, overcommit=0.3, **options)
+    rates = state.workers["w0"].rates
+    rates.stall_s, rates.bare_step_s, rates.step_s = stall_s, 0.010, 0.010
+    return state
+
+
+def test_where_prefill_is_fast_more_run_than_the_kv_holds_at_their_peak() -> None:
+    calls = [blocks(f"q{i}", 20) for i in range(8)]
+    assert len(ask(_with_measured_rates(1e-3), *(call(c, output=64) for c in calls))) == 3
+    assert len(ask(_with_measured_rates(1e-5), *(call(c, output=64) for c in calls))) == 4
+    assert len(ask(_with_measured_rates(1e-5), *(call(c, output=1) for c in calls))) == 4, "not for a token"
+
+
+def test_pins_are_not_overcommitted() -> None:
+    state = _with_measured_rates(1e-5)
+    state.workers["w0"].residency.pin("p", blocks("p", 20))
+    assert len(ask(state, *(call(blocks(f"q{i}", 20), output=64) for i in range(8)))) == 3
 
 
 def test_without_admission_everything_goes_at_once() -> None:

@@ -29,6 +29,25 @@ def test_the_work_of_the_usual_mix_is_measured(prefill: float, weight: float) ->
     assert rates.seconds(2050, 202) == pytest.approx(2050 * prefill + 202 * weight * prefill, rel=0.15)
 
 
+def test_what_a_prefilled_token_costs_the_batch_is_told_apart_from_the_steps() -> None:
+    """Eight calls at a time; steps of 10 ms, and a stall of 30 us for every token prefilled for any of them."""
+    rates, random_ = Rates(), random.Random(5)
+    ends: list[tuple[float, str, int]] = []
+    now = 0.0
+    for i in range(400):
+        if len(ends) == 8:
+            now, name, prompt = ends.pop(0)
+            rates.finished(name, prompt, 64, now)
+        prompt = random_.choice([50, 200, 1500])
+        rates.started(f"c{i}", prompt, 64, now)
+        ends = [(end + prompt * 30e-6, name, tokens) for end, name, tokens in ends]
+        ends.append((now + prompt * 30e-6 + 64 * 10e-3, f"c{i}", prompt))
+        ends.sort()
+    assert rates.stall_s == pytest.approx(30e-6, rel=0.3)
+    assert rates.bare_step_s == pytest.approx(10e-3, rel=0.15)
+    assert rates.prefill_s > 3 * rates.stall_s, "whose decoding counts as four tokens' work each"
+
+
 def test_before_anything_is_measured_the_prior_holds() -> None:
     rates = Rates()
     assert rates.seconds(8000, 0) == pytest.approx(8000 * PRIOR_PREFILL_S)
