@@ -45,7 +45,7 @@ class Habit:
     deviation_s: float = _FIRST_S
     kept: int = 0
     """Places kept at this moment."""
-    trust: int = 1
+    trust: int = 4
     """The most that may be kept at a time: one more for each that comes back, half for each kept in vain. Else a
     whole wave of calls would be waited for before the first of them has shown whether it comes."""
 

@@ -48,17 +48,17 @@ def test_nodes_whose_calls_do_not_come_back_get_no_place() -> None:
     assert awaited.habit(KEY).probability > 0.05, "what is not kept is learned from, too"
 
 
-def test_of_a_first_wave_only_as_many_are_waited_for_as_have_come_back() -> None:
+def test_of_a_first_wave_few_are_waited_for_and_then_as_many_more_as_have_come_back() -> None:
     awaited = Returns()
     chains = [tuple(range(wave * 1000, wave * 1000 + 20)) for wave in range(20)]
     for chain in chains:
         finish(awaited, 0.0, chain)
-    assert awaited.habit(KEY).kept == 1
+    assert awaited.habit(KEY).kept == 4
     for chain in chains[:8]:
         awaited.arrived((*chain, 1), 0.01)
     for chain in chains:
         finish(awaited, 1.0, (*chain, chain[0] + 500))
-    assert awaited.habit(KEY).kept == 9
+    assert awaited.habit(KEY).kept == 12
     awaited.expire(1.9)
     assert awaited.habit(KEY).kept == 0
     for chain in chains:
