@@ -111,12 +111,14 @@ _LOOKAHEAD = replace(
     shapes=("iterative_think", "debate_think"),
     systems=("helium", "helium-no-lookahead"),
     options=EngineOptions(blocks=512, block_size=32, kv_events=True),
+    sizes="replies",
     batches=(("iterative_think", 2), ("debate_think", 2)),
     repeats=5,
     stream_every=1,
     warmup=3,
 )
-"""The client thinks for half a second, every call is streamed, templates have been learned from three runs."""
+"""The client thinks for half a second, every call is streamed, templates have been learned from three runs. Only what
+the engine does not hold anyhow can be prefilled ahead: in a debate the others' replies."""
 
 _PREDICTIONS = replace(_COMPACT, systems=("helium", "helium-no-events"), repeats=1)
 """How well is known what the engines hold, from their KV events and from the index alone."""

@@ -10,9 +10,10 @@ Three steps, each a function below:
    where their prefix is until the lane costs more than computing the prefix a second time; then, and only then,
    they are split.
 2. *Fill* workers that have room from their own lanes. Within the workflow whose turn it is, the call goes first that
-   finds most of its prompt cached, most of all where running calls hold it already (calls that share a prefix then
-   run side by side, which takes less KV, so that more of them fit into a batch), and that has the longest path ahead.
-   Runs under way go before new ones, and rank decides among equals. If that call does not fit, nobody passes it.
+   finds most of its prompt cached, most of all where running calls hold it already: calls that share a prefix then
+   run side by side, which takes less KV, so that more of them fit into a batch. Runs under way go well before new
+   ones: each that begins takes room from what those will come back to. Rank decides among equals. If that call does
+   not fit, nobody passes it.
 3. *Take over*: a worker with room and an empty lane takes calls from the lane that would be done last, as long as it
    would be done with them earlier.
 
@@ -30,11 +31,8 @@ from helium_proxy.dispatch.state import DispatchState, WorkerState
 
 _HELD_BONUS = 0.3
 """A prompt token that running calls hold counts for so much more than one that is merely cached."""
-_STARTED_BONUS = 0.1
+_STARTED_BONUS = 0.5
 """What a call gains on others, as a share of its prompt, since its run has begun: what that left would be lost."""
-_PATH_BONUS, _WAVE = 0.5, 0.25
-"""The same for the call with the longest path ahead, among runs that began at about the same time (within this share
-of what that path takes): those of them that fall behind would end alone, in small batches."""
 _PLACED_AT_ONCE = 256
 """Calls: after a burst of arrivals the rest is left to the next decision, so that nothing else waits long."""
 _PASSES = 256
@@ -109,13 +107,9 @@ def _next(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState) -
     if urgent or len(waiting) == 1 or state.settings.ordering == "fifo":
         return first
     window = [call for rank, call in waiting[: state.settings.window] if rank[0] == first.rank[0]]
-    longest = max(1.0, *(call.hints.path_output_tokens for call in window))
-    wave = first.rank[1] + _WAVE * longest * worker.rates.step_s
     best, best_score = first, -1.0
     for call in window:
         score = _score(state, worker, call)
-        if call.rank[1] <= wave:
-            score += _PATH_BONUS * call.hints.path_output_tokens / longest
         if score > best_score:
             best, best_score = call, score
     if best is not first:

@@ -32,6 +32,8 @@ _AWAITED = 20_000
 _LONGEST_S = 60.0
 """Whatever comes back later counts as not coming back."""
 _FIRST_PROBABILITY, _FIRST_S = 0.5, 0.02
+_FIRST_PATIENCE = 0.3
+"""As a share of the time for which keeping a place pays: of a node whose calls have not come back yet, some may."""
 _SMOOTH = 0.1
 _LEAST_S = 0.02
 
@@ -43,6 +45,8 @@ class Habit:
     probability: float = _FIRST_PROBABILITY
     mean_s: float = _FIRST_S
     deviation_s: float = _FIRST_S
+    seen: bool = False
+    """Whether any has come back."""
     kept: int = 0
     """Places kept at this moment."""
     trust: int = 4
@@ -55,6 +59,7 @@ class Habit:
         return max(_LEAST_S, self.mean_s + 4 * self.deviation_s)
 
     def came(self, after_s: float) -> None:
+        self.seen = True
         self.probability += _SMOOTH * (1 - self.probability)
         self.deviation_s += _SMOOTH * (abs(after_s - self.mean_s) - self.deviation_s)
         self.mean_s += _SMOOTH * (after_s - self.mean_s)
@@ -114,11 +119,12 @@ class Returns:
         self._forget(chain[-1])
         habit = self.habit(key)
         window = min(_LONGEST_S, whole_s)
-        pays = habit.kept < habit.trust and habit.mean_s < habit.probability * window
+        worth_s = habit.probability * window
+        pays = habit.kept < habit.trust and habit.mean_s < worth_s
         until = now
         if pays:
             habit.kept += 1
-            until += min(window, habit.patience_s)
+            until += min(window, habit.patience_s) if habit.seen else _FIRST_PATIENCE * worth_s
             self._latest[worker] = max(until, self._latest.get(worker, 0.0))
         elif worker in self._kept:
             until = max(now, self._latest[worker])

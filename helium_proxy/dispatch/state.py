@@ -263,7 +263,7 @@ class DispatchState:
         assignment, freed = released
         if ok and self.settings.keep_places and known.capacity:
             done = assignment.call
-            whole_s = known.capacity * done.block_size * known.rates.prefill_s
+            whole_s = known.capacity * done.block_size * known.rates.stall_s
             last = done.hints.output_samples > 0 and not done.hints.descends
             freed = 0 if last else freed  # the template says that nothing follows
             self.returns.finished((done.group, done.node), done.chain, worker, freed, whole_s, now)

@@ -22,15 +22,16 @@ def test_older_runs_first_and_in_a_run_the_longest_remaining_path() -> None:
     assert in_turn(state) == [old_long, old_short, new]
 
 
-def test_of_runs_that_began_together_the_longest_path_goes_first() -> None:
-    state = one_by_one()
-    calls = [call(run_seq=run, path_output_tokens=path) for run, path in enumerate((500, 0, 9000, 3000), 1)]
-    for one in calls:
-        state.enqueue(one, 0.0)
-    assert [c.hints.path_output_tokens for c in in_turn(state)] == [9000, 3000, 500, 0]
+def test_runs_under_way_go_before_one_that_finds_more_of_its_prompt_cached() -> None:
+    state, role = one_by_one(), blocks("role", 10)
+    (first,) = ask(state, call(role, run_seq=9))
+    begun, new = call(blocks("other role", 10), run_seq=9), call(blocks("q", 15, role), run_seq=1)
+    assert not ask(state, new, begun)
+    finish(state, first)
+    assert in_turn(state) == [begun, new]
 
 
-def test_a_cached_prompt_counts_for_more_than_a_longer_path() -> None:
+def test_of_new_runs_that_goes_first_whose_prompt_is_cached() -> None:
     state, prefix = one_by_one(), blocks("p", 50)
     (first,) = ask(state, call(prefix, run_seq=1))
     cold, warm = call(blocks("q", 50), run_seq=2, path_output_tokens=100), call(prefix, run_seq=3)

@@ -29,11 +29,21 @@ def test_it_is_given_up_in_time() -> None:
     awaited = Returns()
     finish(awaited)
     end = awaited.next_end()
-    assert end is not None
-    assert 0 < end <= 0.2
+    assert end == 1.5, "a third, about, of the time for which it would pay if every second call came back"
     awaited.expire(end)
     assert awaited.kept("w") == 0
     assert awaited.next_end() is None
+
+
+def test_once_calls_come_back_it_is_known_how_soon() -> None:
+    awaited = Returns()
+    for turn in range(20):
+        finish(awaited, 10.0 * turn)
+        awaited.arrived(NEXT, 10.0 * turn + 0.03)
+    finish(awaited, 500.0)
+    end = awaited.next_end()
+    assert end is not None
+    assert 500.03 < end <= 500.2
 
 
 def test_nodes_whose_calls_do_not_come_back_get_no_place() -> None:
