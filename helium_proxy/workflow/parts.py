@@ -31,6 +31,8 @@ _FIELDS = (
 _Sliced = TypeVar("_Sliced", str, "array[int]")
 
 REPLY: Final = -1
+RAW, STRIPPED, EITHER = 0, 1, 2
+"""The slots of a reply: as it came, without white space at its ends, and one that has none there."""
 FRAME: Final = -1
 SOLE: Final = -1
 
@@ -45,7 +47,7 @@ class Ref(NamedTuple):
     message: int
     """`REPLY`: the call's reply."""
     slot: int
-    """Which of the message's texts; `FRAME`: the message without them."""
+    """Which of the message's texts; `FRAME`: the message without them. Of a reply: `RAW`, `STRIPPED` or `EITHER`."""
     inner: bool = False
     """The part between what is constant at the text's two ends."""
 
@@ -167,7 +169,15 @@ def split(text: str, whole: Mapping[str, Ref], search: Sequence[tuple[str, Ref]]
 
 def both(one: Part, other: Part) -> Part:
     """What two parts agree on."""
-    return Part(one.text if one.text == other.text else None, one.ref if one.ref == other.ref else None)
+    return Part(one.text if one.text == other.text else None, _same(one.ref, other.ref))
+
+
+def _same(one: Ref | None, other: Ref | None) -> Ref | None:
+    if one == other or one is None or other is None:
+        return one if one == other else None
+    if one.message == REPLY and EITHER in (one.slot, other.slot) and one._replace(slot=other.slot) == other:
+        return other if one.slot == EITHER else one
+    return None
 
 
 def merge(one: Line, other: Line) -> Line:

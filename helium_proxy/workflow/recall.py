@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from helium_proxy.workflow.graph import Call
-from helium_proxy.workflow.parts import FRAME, REPLY, SOLE, Ref, Texts, read
+from helium_proxy.workflow.parts import FRAME, REPLY, SOLE, STRIPPED, Ref, Texts, read
 from helium_proxy.workflow.skeleton import Known, Rendered, Skeleton, Source, inside
 from helium_proxy.workflow.template import Key, Template
 
@@ -110,7 +110,7 @@ class Recall:
 
 def _text(said: _Said, ref: Ref, template: Template) -> str | None:
     if ref.message == REPLY:
-        return None if said.reply is None else said.reply.strip()
+        return said.reply if said.reply is None or ref.slot != STRIPPED else said.reply.strip()
     texts = said.texts
     if texts is None or ref.message >= len(texts.frames):
         return None

@@ -14,10 +14,13 @@ from typing import Any
 import orjson
 
 from helium_proxy.workflow.parts import (
+    EITHER,
     FRAME,
     GAP,
     MIN_CHARS,
+    RAW,
     REPLY,
+    STRIPPED,
     Line,
     Part,
     Ref,
@@ -67,7 +70,9 @@ class Known:
         ordered = sorted(sources, key=lambda s: (s.base, s.iteration, s.ordinal))[:_MAX_SOURCES]
         for source in ordered:
             if source.reply is not None:
-                self._add(source.reply.strip(), Ref(source.base, source.iteration, source.ordinal, REPLY, 0))
+                key, stripped = (source.base, source.iteration, source.ordinal), source.reply.strip()
+                self._add(source.reply, Ref(*key, REPLY, EITHER if source.reply == stripped else RAW))
+                self._add(stripped, Ref(*key, REPLY, STRIPPED))
         for source in ordered:
             if source.texts is not None:
                 self._read(source, source.texts)

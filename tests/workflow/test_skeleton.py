@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from helium_proxy.workflow import MemoryTemplateStore, Prediction, Rendered
-from helium_proxy.workflow.parts import GAP, MAX_MESSAGES, REPLY, SOLE, Part, Ref, read
+from helium_proxy.workflow.parts import GAP, MAX_MESSAGES, REPLY, SOLE, STRIPPED, Part, Ref, read
 from helium_proxy.workflow.recall import Recall
 from helium_proxy.workflow.skeleton import MAX_CHARS, MAX_PARTS, Known, Skeleton, Source
 
@@ -47,7 +47,7 @@ class Lab:
 
         def resolve(ref: Ref) -> str | None:
             if ref.message == REPLY:
-                return reply
+                return reply.strip() if reply is not None and ref.slot == STRIPPED else reply
             if ref.message >= len(earlier.frames):
                 return None
             return earlier.frames[ref.message] if ref.slot < 0 else earlier.slots[ref.message][ref.slot]
@@ -69,6 +69,21 @@ def test_replies_and_inputs_between_constant_texts() -> None:
     assert rendered is not None
     assert rendered.whole
     assert rendered.messages == [system("You are two."), opening, said(text(9))[1]]
+
+
+@pytest.mark.parametrize("strips", [False, True], ids=["as it came", "stripped"])
+@pytest.mark.parametrize("ends", ["| | ", " |||", "|  |\n"])
+def test_replies_with_and_without_white_space_at_their_ends(ends: str, strips: bool) -> None:
+    """Engines put it there now and then, and clients leave it or take it off."""
+    lab, replies = Lab(), [f"{end}{text(seed)}{end}" for seed, end in enumerate(ends.split("|"))]
+    for reply in replies:
+        lab.show(said(reply.strip() if strips else reply), reply)
+    for end in ("", " ", "\n\n"):
+        reply = f"{text(9)}{end}"
+        rendered = lab.render(reply)
+        assert rendered is not None
+        assert rendered.whole
+        assert rendered.messages == said(reply.strip() if strips else reply)
 
 
 def test_nothing_is_known_of_one_run() -> None:
