@@ -112,13 +112,14 @@ _LOOKAHEAD = replace(
     systems=("helium", "helium-no-lookahead"),
     options=EngineOptions(blocks=512, block_size=32, kv_events=True),
     sizes="replies",
-    batches=(("iterative_think", 2), ("debate_think", 2)),
+    batches=(("iterative_think", 2), ("debate_think", 1)),
     repeats=5,
     stream_every=1,
     warmup=3,
 )
 """The client thinks for half a second, every call is streamed, templates have been learned from three runs. Only what
-the engine does not hold anyhow can be prefilled ahead: in a debate the others' replies."""
+the engine does not hold anyhow can be prefilled ahead (replies, where text is not cut into the tokens that were
+generated; in a debate the others'), and only as much as idle engines prefill in that time: one debate at a time."""
 
 _PREDICTIONS = replace(_COMPACT, systems=("helium", "helium-no-events"), repeats=1)
 """How well is known what the engines hold, from their KV events and from the index alone."""

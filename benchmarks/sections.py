@@ -294,7 +294,9 @@ def lookahead(results: Results, folder: Path) -> str:
     return (
         "## While the client thinks\n\nThe client pauses for half a second before every call that has parents; the "
         "template, learned from three runs, says what comes, and its prefix is prefilled meanwhile. TTFT is that of "
-        "the calls that have parents: before a run's first calls nothing is known. "
+        "the calls that have parents: before a run's first calls nothing is known. Only what the engine does not "
+        "hold can be gained: the other agents' replies, and its own where their text is not cut into the tokens that "
+        "it generated, which random weights bring about more often than trained ones. "
         f"{setting(results['lookahead'])}\n\n{markdown_table(head, body)}"
     )
 
