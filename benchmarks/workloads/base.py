@@ -32,7 +32,7 @@ class Sizes:
 SIZES: dict[str, Sizes] = {
     "tiny": Sizes(96, 64, 16, 8),
     "compact": Sizes(192, 160, 32, 16),
-    "replies": Sizes(192, 160, 32, 64),
+    "replies": Sizes(192, 160, 32, 96),
     "small": Sizes(384, 512, 64, 32),
     "P1": Sizes(1024, 128, 128, 64),
     "P2": Sizes(1024, 512, 512, 256),
