@@ -100,3 +100,15 @@ def test_the_order_names_nothing_that_is_not_there() -> None:
     named = frozenset[str]().union(*LEVELS)
     assert there - {"__init__", "__main__"} <= named
     assert named <= there
+
+
+def test_no_name_is_given_twice() -> None:
+    """A constant, function or class that a module binds a second time: left over from a merge, and read by nobody."""
+    for file in PACKAGE.rglob("*.py"):
+        names: list[str] = []
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.append(node.name)
+            elif isinstance(node, ast.Assign):
+                names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+        assert len(names) == len(set(names)), file.name

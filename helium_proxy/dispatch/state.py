@@ -198,8 +198,8 @@ class DispatchState:
         self.holders = Holders()
         self.queues: dict[str, Queue] = {}  # by model; an empty queue is removed
         self._run_started: OrderedDict[int, float] = OrderedDict()  # run_seq → its first arrival here
+        self.started: set[int] = set()  # those of these runs of which a call was assigned
         self.returns = Returns()
-        self.started: OrderedDict[int, None] = OrderedDict()  # runs of which a call was assigned
         self.unfinished = False  # the last decision has left calls that it could have placed
         self._sequence = 0
         self._turn = 0  # for round robin
@@ -281,11 +281,8 @@ class DispatchState:
 
     def begin(self, run: int) -> None:
         """A call of `run` was assigned."""
-        if run:
-            self.started[run] = None
-            self.started.move_to_end(run)
-            while len(self.started) > _RUNS_REMEMBERED:
-                self.started.popitem(last=False)
+        if run in self._run_started:
+            self.started.add(run)
 
     def next_turn(self) -> int:
         self._turn += 1
@@ -303,7 +300,7 @@ class DispatchState:
         if self.settings.ordering == "run" and hints.run_seq:
             virtual = self._run_started.setdefault(hints.run_seq, now)
             while len(self._run_started) > _RUNS_REMEMBERED:
-                self._run_started.popitem(last=False)
+                self.started.discard(self._run_started.popitem(last=False)[0])
             path = -(hints.path_output_tokens + 0.25 * hints.path_prompt_tokens)
             if hints.plan_rank is not None:
                 path = float(hints.plan_rank)  # a submitted plan has weighed paths against prefixes already

@@ -31,40 +31,8 @@ _ENOUGH_SHARE = 0.5
 """Share of a shorter reply that must have matched."""
 _EXACT_CHARS = 24
 """A message that equals a reply of at least this length was made from it, wherever it is."""
-_MAX_UNITS = 64
-"""Units indexed per reply, the first of them."""
-_MAX_TEXTS = 8
-"""Different replies that may share a unit before it counts as common."""
 _MAX_USERS = 64
 """Prompts remembered that used a reply."""
-_MAX_TWINS = 512
-"""Equal replies, or replies to equal prompts, that are told apart."""
-_ENOUGH_SHARE = 0.5
-"""Share of a shorter reply that must have matched."""
-_EXACT_CHARS = 24
-"""A message that equals a reply of at least this length was made from it, wherever it is."""
-_MAX_UNITS = 64
-"""Units indexed per reply, the first of them."""
-_MAX_TEXTS = 8
-"""Different replies that may share a unit before it counts as common."""
-_MAX_USERS = 64
-"""Prompts remembered that used a reply."""
-_MAX_TWINS = 512
-"""Equal replies, or replies to equal prompts, that are told apart."""
-_EXACT_CHARS = 24
-"""A message that equals a reply of at least this length was made from it, wherever it is."""
-_MAX_UNITS = 64
-"""Units indexed per reply, the first of them."""
-_MAX_TEXTS = 8
-"""Different replies that may share a unit before it counts as common."""
-_MAX_USERS = 64
-"""Prompts remembered that used a reply."""
-_MAX_TWINS = 512
-"""Equal replies, or replies to equal prompts, that are told apart."""
-_MAX_USERS = 64
-"""Prompts remembered that used a reply."""
-_MAX_TWINS = 512
-"""Equal replies, or replies to equal prompts, that are told apart."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,20 +15,10 @@ _V = TypeVar("_V")
 
 _MAX_UNITS = 64
 """Units indexed per reply, the first of them."""
-_MAX_TEXTS = 8
-"""Different replies that may share a unit before it counts as common."""
-_MAX_USERS = 64
-"""Prompts remembered that used a reply."""
 _MAX_TWINS = 512
 """Equal replies, or replies to equal prompts, that are told apart."""
 MAX_TEXTS = 8
 """Different replies that may share a unit before it counts as common."""
-_MAX_USERS = 64
-"""Prompts remembered that used a reply."""
-_MAX_TWINS = 512
-"""Equal replies, or replies to equal prompts, that are told apart."""
-_MAX_TWINS = 512
-"""Equal replies, or replies to equal prompts, that are told apart."""
 
 
 @dataclass(slots=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import xxhash
 
@@ -22,11 +22,12 @@ _LEAKED = 10
 
 
 class Runs:
-    """Live and remembered runs, bounded in runs and in calls."""
+    """Live and remembered runs, bounded in runs and in calls; `forgetting` is told of each that leaves."""
 
-    def __init__(self, settings: WorkflowSettings, templates: Templates) -> None:
+    def __init__(self, settings: WorkflowSettings, templates: Templates, forgetting: Callable[[Run], None]) -> None:
         self._settings = settings
         self._templates = templates
+        self._forgetting = forgetting
         # Mutable state.
         self._all: OrderedDict[int, Run] = OrderedDict()  # by seq: oldest first
         self._live: OrderedDict[int, Run] = OrderedDict()  # by seq: least recently active first
@@ -359,6 +360,7 @@ class Runs:
                 del self._names[key]
         for call in victim.calls:
             self._calls.pop(call, None)
+        self._forgetting(victim)
         victim.scatter()
 
     def _forget_one(self, run: Run) -> None:

@@ -98,7 +98,7 @@ class Workflows:
         self._offset = wall() - clock()
         # Mutable state, each bounded by the setting of its name.
         self._templates = Templates(settings, store)
-        self._runs = Runs(settings, self._templates)
+        self._runs = Runs(settings, self._templates, self._forgetting)
         self._messages = MessageCache(settings.max_messages)
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
         self._pending: dict[str, tuple[Message, ...]] = {}  # call in flight → its prompt
@@ -213,6 +213,13 @@ class Workflows:
         else:
             self._tenants.move_to_end(name)
         return tenant
+
+    def _forgetting(self, run: Run) -> None:
+        """Nothing can be linked to a forgotten run's calls, but their replies would hold them and it."""
+        tenant = self._tenants.get(run.tenant)
+        if tenant is not None:
+            for call in run.calls:
+                tenant.replies.forget(call)
 
     def _previous(self, tenant: _Tenant, prompt: Prompt, home: Run | None, links: list[Link]) -> list[Link]:
         """A Responses call's `previous_response_id` names its parent outright."""
