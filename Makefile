@@ -41,13 +41,17 @@ check: $(ENV) ## lint and check types
 format: $(ENV) ## format the code
 	$(BIN)/ruff format
 
-bench: $(ENV) ## measure everything against the peers and write docs/benchmarks.md (half an hour)
+bench: $(ENV) ## measure against the peers, shortened to half an hour, and write docs/benchmarks.md anew
 	$(BIN)/python -m benchmarks.build_peers
 	$(BIN)/python -m benchmarks.report --run full $(ARGS)
 
-bench-quick: $(ENV) ## a five-minute look at the same
+bench-quick: $(ENV) ## a five-minute look at the same: docs/benchmarks-quick.md
 	$(BIN)/python -m benchmarks.build_peers sglang-router
 	$(BIN)/python -m benchmarks.report --run quick $(ARGS)
+
+docs: $(ENV) ## write the tables of settings and metrics into docs from the code
+	$(BIN)/python docs/build_configuration.py
+	$(BIN)/python docs/build_metrics.py
 
 lock: $(ENV) ## renew the lock file from pyproject.toml
 	@printf 'hatchling>=1.25\neditables>=0.5\n' | $(BIN)/uv pip compile pyproject.toml - --extra dev --universal \

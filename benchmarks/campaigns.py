@@ -26,11 +26,11 @@ _VLLM = Campaign(
 _COMPACT = replace(_VLLM, options=replace(_VLLM.options, block_size=32), sizes="compact", scale=0.25)
 """The same with blocks and prompts of a third of the tokens or so: faster, and more of the time is overhead."""
 
-_ALONE = replace(_COMPACT, engines="vllm:1", systems=("rr",), scale=0.125)
+_ALONE = replace(_VLLM, engines="vllm:1", systems=("rr",), scale=0.15)
 _ALONE_EMBEDDED = replace(
     _ALONE,
     engines="embedded:1",
-    options=EngineOptions(profile="cpu-tiny", blocks=_COMPACT.options.blocks, block_size=_COMPACT.options.block_size),
+    options=replace(_VLLM.options, kv_events=False),
     repeats=1,
 )
 """One engine with a core to itself, real and embedded: how far the latter can be trusted."""
@@ -149,5 +149,5 @@ FULL: dict[str, Campaign] = {
 
 def quick() -> dict[str, Campaign]:
     """Embedded engines only, once, small batches, one of the two routers: here they place alike."""
-    small = replace(_ALONE_EMBEDDED, engines="embedded:2", systems=("rr", "sglang", "helium"), scale=0.12)
-    return {"quick": small}
+    engines = {"engines": "embedded:2", "options": replace(_COMPACT.options, kv_events=False)}
+    return {"quick": replace(_COMPACT, **engines, systems=("rr", "sglang", "helium"), scale=0.12, repeats=1)}

@@ -1,7 +1,8 @@
 """The report, `docs/benchmarks.md`, from the result files: ``python -m benchmarks.report [--run full|quick]``.
 
 Without ``--run`` it is regenerated from what is in ``benchmarks/results``. With ``--run`` the measurements are made
-first: ``quick`` writes ``quick.json`` and its own section only, and leaves the published results alone.
+first: ``publish`` every campaign at its whole length (hours), ``full`` the main ones in half an hour, in the place of
+those. ``quick`` leaves all that alone and writes a report of its own, `docs/benchmarks-quick.md`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ from rich.console import Console
 from . import campaigns, overhead, sections, sections_sim, simulate, tables
 from .campaign import RESULTS, execute, save
 from .process import ROOT, stop_on_sigterm
+from .sections_again import BEFORE, again
 from .stats import Measurement
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
+QUICK = ROOT / "docs" / "benchmarks-quick.md"
 PLOTS = ROOT / "docs" / "benchmarks"
 
 _HEAD = """# Benchmarks
 
-Everything here is generated from the result files in `benchmarks/results` by `python -m benchmarks.report`; `make
-bench` measures anew and regenerates it, `make bench-quick` looks at the same shapes in five minutes.
+Everything here is generated from result files by `python -m benchmarks.report` (in `.venv/bin`, as all commands
+here), and measured by `python -m benchmarks.report --run publish`, or a part of it with `--only`; `python -m
+benchmarks.optimality`, `.planning`, `.calibrate` and `.gpu.run` are run by themselves. `make bench` measures the main
+parts, shortened to half an hour, in their place; `make bench-quick` looks at the same shapes in five minutes.
 
 How it is measured: all systems of a table run on the same engines in one go, interleaved, in an order that rotates
 from repeat to repeat; each is started fresh and the engines' prefix caches are dropped before every measurement.
@@ -77,6 +82,7 @@ _SECTIONS: tuple[sections.Section, ...] = (
     sections.overhead,
     sections.optimality,
     sections.calibration,
+    again,
     sections_sim.simulator,
     sections_sim.paper,
 )
@@ -120,14 +126,26 @@ def _gpu(results: sections.Results) -> str:
 
 
 def load() -> sections.Results:
-    """Every result file but the quick one."""
-    return {
-        path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")) if path.stem != "quick"
-    }
+    """Every result file but the quick one, and those of an earlier day."""
+    files = {path.stem: path for path in sorted(RESULTS.glob("*.json")) if path.stem != "quick"}
+    files |= {BEFORE + path.stem: path for path in sorted((RESULTS / "before").glob("*.json"))}
+    return {name: json.loads(path.read_text()) for name, path in files.items()}
 
 
-def measure(kind: str, only: Sequence[str] | None, console: Console) -> None:
+def render_quick(results: sections.Results) -> str:
+    """The same of the quick look."""
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    lead = (
+        "One repeat of small batches on embedded engines: a look at what the published campaigns measure, on this "
+        "machine. Batches as small as these end in the critical path, and figures move by 10% from run to run."
+    )
+    parts = (sections.campaign_section("quick", "Six shapes, quickly", lead), sections.overhead)
+    return "\n\n".join([_HEAD.strip(), *(section(results, PLOTS) for section in parts)]) + "\n"
+
+
+def measure(kind: str, only: Sequence[str] | None, console: Console) -> sections.Results:
     """Make the measurements of `kind`, or those of them that `only` names, and save them."""
+    results: sections.Results = {}
     campaign_sets = {"quick": campaigns.quick(), "full": campaigns.FULL, "publish": campaigns.CAMPAIGNS}
     for name, campaign in campaign_sets[kind].items():
         if only is not None and name not in only:
@@ -138,17 +156,20 @@ def measure(kind: str, only: Sequence[str] | None, console: Console) -> None:
         for note in result["notes"]:
             console.print(f"[yellow]{note}")
         save(result, name)
+        results[name] = result
     if only is None or "overhead" in only:
         console.rule("overhead")
         names = ["bare", "helium"] if kind == "quick" else ["direct", "bare", "helium", "vllm-router", "litellm"]
         repeats, seconds = {"quick": (1, 2.0), "full": (2, 3.0), "publish": (3, 3.0)}[kind]
         found = asyncio.run(overhead.run(names, repeats, seconds, console))
         overhead.show(console, found)
+        results["overhead"] = found
         if kind != "quick":
             save(found, "overhead")
     if kind != "quick" and (only is None or "simulate" in only):
         console.rule("simulate")
         save(simulate.run(console, runs=32 if kind == "full" else 64, calls=100_000, limit_s=120.0), "simulate")
+    return results
 
 
 @click.command()
@@ -159,11 +180,10 @@ def main(kind: str | None, only: str | None) -> None:
     stop_on_sigterm()
     console = Console(width=None if sys.stdout.isatty() else 190)
     began = time.monotonic()
-    if kind is not None:
-        measure(kind, only.split(",") if only else None, console)
-    DOCUMENT.write_text(render(load()))
-    relative: Path = DOCUMENT.relative_to(ROOT)
-    console.print(f"wrote {relative} after {time.monotonic() - began:.0f} s")
+    found = measure(kind, only.split(",") if only else None, console) if kind is not None else {}
+    document: Path = QUICK if kind == "quick" else DOCUMENT
+    document.write_text(render_quick(found) if kind == "quick" else render(load()))
+    console.print(f"wrote {document.relative_to(ROOT)} after {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

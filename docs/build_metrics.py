@@ -16,8 +16,8 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 def families() -> list[tuple[str, str, tuple[str, ...], str]]:
     """(name, kind, labels, meaning) of every metric, in the order of the code."""
     found = []
-    for family in vars(metrics).values():
-        if isinstance(family, kinds.MetricWrapperBase):
+    for variable, family in vars(metrics).items():
+        if isinstance(family, kinds.MetricWrapperBase) and not variable.startswith("_"):
             name = f"{family._name}_total" if isinstance(family, kinds.Counter) else family._name
             found.append((name, family._type, tuple(family._labelnames), family._documentation))
     return found

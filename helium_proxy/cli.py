@@ -110,7 +110,7 @@ def demo(workers: tuple[str, ...], once: bool, port: int, batch: int, model: str
     try:
         from helium_proxy.demo import run
     except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error}; install with: pip install 'helium-proxy[demo]'") from None
+        raise click.ClickException(f"{error}; install with: pip install '.[demo]'") from None
     sys.exit(_run(run(list(workers), once=once, port=port, batch=batch, model=model)))
 
 

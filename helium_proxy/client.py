@@ -2,7 +2,7 @@
 
     from helium_proxy.client import node, openai_http_client, workflow
 
-    client = OpenAI(base_url="http://localhost:8000/v1", http_client=openai_http_client())
+    client = OpenAI(base_url="http://localhost:8080/v1", http_client=openai_http_client())
     with workflow("trading", run="2025-03-11"):
         with node("bull", parents=["news", "technical"]):
             client.chat.completions.create(...)

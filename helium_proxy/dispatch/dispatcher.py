@@ -6,6 +6,7 @@ Arrivals of one turn of the event loop (a fan-out's siblings) are decided togeth
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ class Dispatcher:
         # -- state
         self.state = DispatchState(settings)
         self._waiting: dict[str, asyncio.Future[Assignment]] = {}  # call → its caller
+        self._outside = 0  # calls that wait for a worker to come up, and are not queued yet
         self._pump_due = False
         self._wake: asyncio.TimerHandle | None = None  # when a place that is kept is given up
         self._stranded: dict[str, float] = {}  # model with calls waiting and no worker → since when
@@ -58,12 +60,18 @@ class Dispatcher:
         return DispatchStatistics(self.state.queued, running, self._decisions, self._slowest)
 
     async def acquire(self, call: QueuedCall) -> Assignment:
-        """Waits until `call` may start. Raises QueueFull, ModelNotFound, or NoWorker when none of its model comes
-        up in time. Cancelling the wait takes the call out of the queue."""
-        settings = self.state.settings
-        if self.state.queued >= settings.max_queue:
-            raise QueueFull(f"{self.state.queued} calls are waiting already", retry_after=self._retry_after())
-        await self.wait_for_model(call.model)
+        """Waits until `call` may start. Raises QueueFull, ModelNotFound, or NoWorker when none of its model, or the
+        one that it must go to, comes up in time. Cancelling the wait takes the call out of the queue."""
+        waiting = self.state.queued + self._outside
+        if waiting >= self.state.settings.max_queue:
+            raise QueueFull(f"{waiting} calls are waiting already", retry_after=self._retry_after())
+        self._outside += 1
+        try:
+            await self.wait_for_model(call.model)
+            if call.prefer is not None:
+                await self._wait_for_worker(call.prefer)
+        finally:
+            self._outside -= 1
         future: asyncio.Future[Assignment] = asyncio.get_running_loop().create_future()
         self._waiting[call.id] = future
         self.state.enqueue(call, self._clock())
@@ -72,7 +80,7 @@ class Dispatcher:
             return await future
         except asyncio.CancelledError:
             if not self.state.withdraw(call) and future.done() and not future.cancelled():
-                self.release(future.result(), ok=False)
+                self.release(future.result(), ok=False, reached=False)
             raise
         finally:
             self._waiting.pop(call.id, None)
@@ -82,13 +90,13 @@ class Dispatcher:
         assignment: Assignment,
         *,
         ok: bool,
+        reached: bool = True,
         computed_tokens: int | None = None,
-        cached_tokens: int | None = None,
         output_tokens: int | None = None,
         extension: Chain = (),
     ) -> None:
-        """The call is over. Counts come from the worker's `usage`, None where it gave none; `extension` is the part
-        of the chain that its output added."""
+        """The call is over. `reached`: the engine may have computed its prompt. Counts come from the worker's
+        `usage`, None where it gave none; `extension` is the part of the chain that its output added."""
         now, call = self._clock(), assignment.call
         self._pump_soon()
         if not self.state.release(assignment.worker, call.id, now, extension if ok else (), ok=ok):
@@ -96,6 +104,8 @@ class Dispatcher:
         worker = self.state.workers[assignment.worker]
         if not ok:
             worker.rates.abandoned(call.id, now)
+            if not reached:
+                worker.residency.correct(call.chain, assignment.cached_tokens // call.block_size)
             return
         computed = computed_tokens if computed_tokens is not None else call.prompt_tokens - assignment.cached_tokens
         output = call.output_tokens if output_tokens is None else output_tokens
@@ -132,7 +142,7 @@ class Dispatcher:
     def tick(self, now: float) -> None:
         """Once a second: calls whose model has had no worker for too long get their error instead of waiting on."""
         for model, queue in list(self.state.queues.items()):
-            if any(w.open for w in self.state.serving(model)):
+            if any(self._available(w.id) for w in self.state.serving(model)):
                 self._stranded.pop(model, None)
             elif now - self._stranded.setdefault(model, now) > self.state.settings.no_worker_wait_s:
                 for call in list(queue):
@@ -163,13 +173,26 @@ class Dispatcher:
             except TimeoutError:
                 pass
 
+    async def _wait_for_worker(self, worker: str) -> None:
+        """Returns once `worker` is open, or has been removed for good. Raises NoWorker when it does not come up in
+        time."""
+        deadline = self._clock() + self.state.settings.no_worker_wait_s
+        while self._pool.get(worker) is not None and not self._available(worker):
+            remaining = deadline - self._clock()
+            if remaining <= 0:
+                raise NoWorker("the worker that holds what this call continues is not up", retry_after=5)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._came_up.wait(), min(remaining, 0.25))
+
     def _available(self, worker: str) -> bool:
         """Whether the pool has `worker` available now; brings `open` up to date (a breaker closes by time)."""
         state = self.state.workers.get(worker)
         found = self._pool.get(worker)
         if state is None or found is None:
             return False
-        state.open = found.available(self._clock())
+        now = self._clock()
+        state.open = found.available(now)
+        state.allowance = 1 if found.breaker.state(now) == "half-open" else None
         return state.open
 
     # -- deciding
@@ -202,8 +225,10 @@ class Dispatcher:
         for assignment in assignments:
             metrics.PLACEMENTS.labels(assignment.worker, assignment.reason).inc()
             future = self._waiting.get(assignment.call.id)
+            if (chosen := self._pool.get(assignment.worker)) is not None:
+                chosen.breaker.sent(self._clock())  # lest the next decision send another as a probe
             if future is None or future.done():
-                self.release(assignment, ok=False)
+                self.release(assignment, ok=False, reached=False)
             else:
                 future.set_result(assignment)
         if self.state.unfinished:

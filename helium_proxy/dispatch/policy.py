@@ -48,7 +48,10 @@ def decide(state: DispatchState, now: float) -> list[Assignment]:
     assignments: list[Assignment] = []
     state.returns.expire(now)
     state.unfinished = False
-    for model in list(state.queues):
+    models = list(state.queues)
+    state.decisions += 1
+    first = state.decisions % max(1, len(models))
+    for model in models[first:] + models[:first]:  # else one model could have all places of a worker of several
         queue = state.queues[model]
         workers = [w for w in state.workers.values() if w.open and model in w.models]
         if workers:

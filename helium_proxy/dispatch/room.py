@@ -35,11 +35,6 @@ class KvForecast:
         at = bisect_left(self._ends, (end, call))
         self.reserved -= self._ends.pop(at)[2]
 
-    def clear(self) -> None:
-        self._ends.clear()
-        self._end_of.clear()
-        self.reserved = 0.0
-
     def peak(self, now: float, growth: float, blocks: float, end: float) -> float:
         """The most blocks held at once if a call began now that ends at `end` with `blocks`. `growth`: blocks a
         second that one call gains. O(running calls). A call that is overdue holds all its blocks."""

@@ -36,6 +36,8 @@ class WorkerState:
     capacity: int | None
     """KV blocks; None: not known."""
     open: bool = True
+    allowance: int | None = None
+    """Calls that it may be given until it has shown that it is well; None: any number."""
     epoch: int = 0
     # -- state
     residency: WorkerResidency = field(init=False)
@@ -112,6 +114,8 @@ class WorkerState:
 
     def saturated(self, settings: DispatchSettings) -> bool:
         """Whether no call at all would fit."""
+        if self.allowance == 0:
+            return True
         running = len(self.running)
         if not settings.admission or running == 0 or self.capacity is None:
             return running >= (settings.max_running if self.capacity or not running else settings.default_running)
@@ -157,6 +161,8 @@ class WorkerState:
         call, now = assignment.call, assignment.started_at
         own = self.anonymous_blocks(call)
         self.residency.admit(call.id, call.chain, own, exact=call.exact)
+        if self.allowance:
+            self.allowance -= 1
         self.running[call.id] = assignment
         self.forecast.add(call.id, now + assignment.predicted_s, own)
         self._settle(now)
@@ -201,6 +207,7 @@ class DispatchState:
         self.started: set[int] = set()  # those of these runs of which a call was assigned
         self.returns = Returns()
         self.unfinished = False  # the last decision has left calls that it could have placed
+        self.decisions = 0
         self._sequence = 0
         self._turn = 0  # for round robin
 

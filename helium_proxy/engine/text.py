@@ -13,6 +13,7 @@ import re
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import orjson
@@ -27,6 +28,7 @@ class Tokenizer:
 
     def __init__(self, *, cache_tokens: int = 1 << 21, vocabulary: int = 1 << 18) -> None:
         # -- all mutable state ------------------------------------------------------------------------------
+        self._lock = Lock()  # the proxy encodes long prompts in threads
         self._ids: dict[str, int] = {}  # piece -> id, oldest first; at most `vocabulary`
         self._pieces: dict[int, str] = {}  # id -> piece, the same
         self._texts: OrderedDict[str, array[int]] = OrderedDict()  # text -> tokens, least recently used first
@@ -41,16 +43,16 @@ class Tokenizer:
     def encode(self, text: str) -> array[int]:
         """The tokens of `text`. The array is shared: do not change it."""
         texts = self._texts
-        tokens = texts.get(text)
-        if tokens is not None:
-            texts.move_to_end(text)
+        with self._lock:
+            tokens = texts.get(text)
+            if tokens is not None:
+                texts.move_to_end(text)
+                return tokens
+            tokens = texts[text] = array("I", [self.id(piece) for piece in PIECES.findall(text)])
+            self._cached += len(tokens) + 1
+            while self._cached > self._cache_tokens:
+                self._cached -= len(texts.popitem(last=False)[1]) + 1
             return tokens
-        tokens = array("I", [self.id(piece) for piece in PIECES.findall(text)])
-        texts[text] = tokens
-        self._cached += len(tokens) + 1
-        while self._cached > self._cache_tokens:
-            self._cached -= len(texts.popitem(last=False)[1]) + 1
-        return tokens
 
     def id(self, piece: str) -> int:
         """The token id of one piece."""

@@ -159,6 +159,10 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
+_UNVERSIONED = ("/tokenize", "/detokenize", "/rerank", "/score", "/v2/rerank", "/pooling", "/classify")
+"""vLLM's routes outside of ``/v1`` that clients call."""
+
+
 def _mount(app: App, services: Services) -> None:
     llm = LlmRoutes(services)
     app.planned = dict.fromkeys(PLANNED, llm.planned)
@@ -169,7 +173,7 @@ def _mount(app: App, services: Services) -> None:
     services.closers.append(plans.close)
     app.include_router(workflow_routes(plans))
     routes.extend(ui_routes())
-    for path in ("/v1/{rest:path}", "/tokenize", "/detokenize", "/rerank", "/score", "/v2/rerank", "/pooling"):
+    for path in ("/v1/{rest:path}", *_UNVERSIONED):
         routes.append(Route(path, Endpoint(llm.direct)))
 
 
@@ -184,6 +188,7 @@ async def _tick(services: Services) -> None:
             for end in ends:
                 services.tracer.end_run(end.run)
             services.dispatcher.tick(services.clock())
+            services.events.tick()
             _gauges(services)
         except Exception:
             log.exception("housekeeping failed")

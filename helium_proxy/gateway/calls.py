@@ -135,7 +135,7 @@ class Calls:
         route, request, usage = ticket.request.route, ticket.request, ticket.wants_usage
         if head.body is None:
             assert seat.reader is not None
-            joined = None if seat.leads else partial(self._joined, ticket)
+            joined = None if seat.leads or head.status != 200 else partial(self._joined, ticket)
             if head.status == 200 and not to_stream:
                 return _whole(seat.reader, ticket, joined)
             if head.status != 200 or (seat.leads and not ticket.adds_usage):
@@ -154,7 +154,7 @@ class Calls:
                 include_usage=usage,
                 request=request.body,
             )
-        if not seat.leads:
+        if not seat.leads and head.status == 200:
             self._joined(ticket)
         return _pieces(pieces) if to_stream else pieces[0]
 
@@ -178,7 +178,9 @@ class Calls:
             # Without the usage chunk that was asked for in the client's stead.
             content = changed(content, StreamRenamer(ticket.request.route, None, include_usage=False))
         headers = relayed(answer.headers.items())
-        return Served(answer.status, headers, content, stream, "bypass", None, answer.close or _nothing)
+        looked = ticket.key is not None and ticket.control.may_read and self._services.cache is not None
+        result: CacheResult = "miss" if looked else "bypass"
+        return Served(answer.status, headers, content, stream, result, None, answer.close or _nothing)
 
 
 async def _whole(

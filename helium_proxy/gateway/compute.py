@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import orjson
 import structlog
 
@@ -85,7 +86,7 @@ class Computer:
                 raise
             worker = services.pool.get(assignment.worker)
             if worker is None:  # removed between decision and now
-                services.dispatcher.release(assignment, ok=False)
+                services.dispatcher.release(assignment, ok=False, reached=False)
                 call.exclude |= {assignment.worker}
                 continue
             ticket.attempts += 1
@@ -198,7 +199,7 @@ class _Exchange:
             body = await upstream.read()
         except SendFailed as error:
             services.pool.note(worker, error)
-            self._close(ok=False)
+            self._close(ok=False, reached=error.kind != "refused")
             raise
         except BaseException:
             self._close(ok=False)
@@ -236,7 +237,7 @@ class _Exchange:
 
     async def _finish_whole(self, status: int, body: bytes) -> None:
         if status != 200:
-            self._close(ok=False)
+            self._close(ok=False, reached=False)
             return
         try:
             answer = orjson.loads(body)
@@ -265,7 +266,7 @@ class _Exchange:
             self._close(ok=False)
             raise
         answer = assembler.result()
-        if assembler.failed:  # the engine ended it with an error event
+        if assembler.refused:  # the engine ended it with an error event
             self._close(ok=False)
             report(self._services, ticket, "error", Reply(), status=500)
         elif answer is None:
@@ -279,7 +280,8 @@ class _Exchange:
         """The answer was given up, perhaps before it was read at all."""
         self._close(ok=False)
 
-    def _close(self, *, ok: bool, reply: Reply | None = None) -> None:
+    def _close(self, *, ok: bool, reached: bool = True, reply: Reply | None = None) -> None:
+        """`reached`: the engine may have computed the prompt, whatever became of the answer."""
         if self._closed:
             return
         self._closed = True
@@ -289,13 +291,17 @@ class _Exchange:
         services, ticket, assignment = self._services, self._ticket, self._assignment
         reply = reply or Reply()
         computed = None
+        if reply.cached_tokens is not None:
+            self._worker.tells_cached = True
+        elif self._worker.tells_cached and reply.prompt_tokens is not None:
+            reply = msgspec.structs.replace(reply, cached_tokens=0)  # vLLM leaves the field out then
         if reply.prompt_tokens is not None:
             computed = reply.prompt_tokens - (reply.cached_tokens or 0)
         services.dispatcher.release(
             assignment,
             ok=ok,
+            reached=reached,
             computed_tokens=computed,
-            cached_tokens=reply.cached_tokens,
             output_tokens=reply.output_tokens,
         )
         with failing_open("directives"):
@@ -322,8 +328,9 @@ class _Exchange:
 
 
 def _again(call: QueuedCall, failed: str) -> QueuedCall:
-    """The same call for another try, anywhere but at `failed`."""
-    return replace(call, prefer=None, suggestion=None, exclude=call.exclude | {failed}, hits={}, lane=None, passed=0)
+    """The same call for another try, anywhere but at `failed`, unless it can be answered nowhere else."""
+    exclude = call.exclude if call.prefer == failed else call.exclude | {failed}
+    return replace(call, suggestion=None, exclude=exclude, hits={}, lane=None, passed=0)
 
 
 async def _discard(answer: Answer) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import Callable
 
 import orjson
 import structlog
@@ -18,8 +16,6 @@ from helium_proxy.workers.upstream import SendFailed, UpstreamClient
 from helium_proxy.workers.worker import Worker
 
 log = structlog.get_logger(__name__)
-
-_SETTLE_S = 1.0
 
 
 class EventFeeds:
@@ -36,13 +32,11 @@ class EventFeeds:
         state: DispatchState,
         *,
         enabled: bool,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
         self._tokenizers = tokenizers
         self._state = state
         self._enabled = enabled
-        self._clock = clock
         # -- state
         self._epochs: dict[str, int] = {}  # worker → epoch for which it was settled whether it is followed
         self._tasks: dict[str, asyncio.Task[None]] = {}  # of those that are
@@ -72,28 +66,31 @@ class EventFeeds:
         if len(sources) != 1 or known is None or self._epochs.get(worker.id) != epoch:
             return
         view = BlockView(model, size)
-        known.residency.follow(view.blocks)
-        known.version += 1
-        settled = self._clock()
+        heard = False
 
         def take(name: str, event: Event) -> None:
-            nonlocal settled
+            nonlocal heard
             change = view.apply(event)
             mirror = self._state.workers.get(name)
             if mirror is None:
                 return
             mirror.version += 1
-            if change.cleared:
+            if change.cleared or not heard:
+                heard = True  # until the first event it is not known whether any can be heard
                 mirror.residency.follow(view.blocks)
             mirror.residency.stored(change.stored)
             mirror.residency.dropped(change.dropped)
-            if self._clock() - settled > _SETTLE_S:
-                settled = self._clock()
-                mirror.residency.settle()
 
         subscriber = KvEventSubscriber(worker.id, sources[0], take)
         self._tasks[worker.id] = asyncio.create_task(subscriber.run(), name=f"KV events {worker.id}")
         log.info("KV events followed", worker=worker.id, endpoint=sources[0].endpoint)
+
+    def tick(self) -> None:
+        """Once a second."""
+        for name in self._tasks:
+            mirror = self._state.workers.get(name)
+            if mirror is not None:
+                mirror.residency.settle()
 
     async def gone(self, worker: Worker) -> None:
         self._epochs.pop(worker.id, None)

@@ -19,6 +19,7 @@ from helium_proxy.errors import (
     DeadlineExceeded,
     Draining,
     HeliumError,
+    InvalidRequest,
     NotFound,
     UpstreamFailed,
 )
@@ -40,7 +41,7 @@ from helium_proxy.gateway.passing import Passing, parse, path_of, sent_headers
 from helium_proxy.gateway.replies import Reply
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.sse import stream_error
-from helium_proxy.gateway.ticket import Ticket
+from helium_proxy.gateway.ticket import USAGE_ROUTES, Ticket
 from helium_proxy.reuse import cache_key, cacheable, parse_cache_control
 from helium_proxy.types import CallRequest, Hints
 from helium_proxy.workers.upstream import SendFailed
@@ -132,8 +133,8 @@ class LlmRoutes:
         except HeliumError as error:
             report(services, ticket, "error", Reply(), status=error.status)
             raise
-        except BaseException:
-            report(services, ticket, "error", Reply(), status=499)
+        except BaseException as error:
+            report(services, ticket, "error", Reply(), status=500 if isinstance(error, Exception) else 499)
             raise
 
     async def _direct(
@@ -190,7 +191,10 @@ class LlmRoutes:
             ticket.hints = hints
         if route == "/v1/responses":
             own = body.get("request_id")
-            services.note_tenant(own if isinstance(own, str) else request.id, principal.tenant)
+            stored = own if isinstance(own, str) else request.id  # the id under which the engine stores the response
+            if not services.may_see(stored, principal.tenant):
+                raise InvalidRequest("request_id is taken", param="request_id")
+            services.note_tenant(stored, principal.tenant)
         previous = body.get("previous_response_id")
         if isinstance(previous, str):
             if not services.may_see(previous, principal.tenant):
@@ -210,7 +214,8 @@ class LlmRoutes:
         if not (reuse.enabled or reuse.coalesce) or not ticket.plain:
             return None
         try:
-            if cacheable(request.body, request.route):
+            usage = ticket.request.route not in USAGE_ROUTES or not ticket.stream or ticket.adds_usage
+            if cacheable(request.body, request.route) and (usage or ticket.wants_usage):
                 return cache_key(request.tenant, request.model, ticket.path, request.body)
         except Exception:
             log.exception("reuse failed; the call passes through")

@@ -15,7 +15,7 @@ from helium_proxy.reuse import CacheControl
 from helium_proxy.types import Arrival, CallRequest, Hints
 from helium_proxy.workflow import strip_tags
 
-_USAGE_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions"})
+USAGE_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions"})
 _PROMPTS = {
     "/v1/chat/completions": "messages",
     "/v1/completions": "prompt",
@@ -85,7 +85,7 @@ class Ticket:
             return False
         options = self.request.body.get("stream_options")
         plain = options in (None, {}, {"include_usage": False}, {"include_usage": None})
-        return self.stream and plain and self.request.route in _USAGE_ROUTES
+        return self.stream and plain and self.request.route in USAGE_ROUTES
 
     @property
     def plain(self) -> bool:

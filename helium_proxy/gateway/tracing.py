@@ -99,7 +99,7 @@ def make_tracer(*, enabled: bool, service_name: str = "helium-proxy", endpoint: 
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise RuntimeError("tracing.enabled needs the extra: pip install 'helium-proxy[otel]'") from error
+        raise RuntimeError("tracing.enabled needs the extra: pip install '.[otel]'") from error
     provider = TracerProvider(resource=Resource.create({"service.name": service_name}), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     return OtelTracer(provider)

@@ -129,7 +129,7 @@ class Plan:
         self,
         inputs: Iterable[Mapping[str, Scalar]],
         *,
-        base_url: str = "http://127.0.0.1:8000/v1",
+        base_url: str = "http://127.0.0.1:8080/v1",
         api_key: str | None = None,
         client: httpx.Client | None = None,
     ) -> list[dict[str, str]]:

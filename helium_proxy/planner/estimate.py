@@ -20,6 +20,10 @@ _INLINE_CHARS = 8_192
 _CALIBRATED_BY = 4
 """One in so many calls is enough to follow a ratio that hardly changes."""
 
+_POOLED = frozenset({"/v1/embeddings", "/v1/rerank", "/v1/score"})
+"""Routes that generate nothing, and what their texts are in."""
+_POOLED_FIELDS = ("input", "query", "documents", "text_1", "text_2")
+
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
@@ -52,8 +56,13 @@ class Estimator:
         chain: tuple[int, ...] = ()
         prompt_tokens = 0
         exact = False
+        output_tokens = expected_output(body, hints, self._default_output)
         pieces = prompt_pieces(request.route, body)
-        if pieces:
+        if request.route in _POOLED:
+            chars = sum(len(text) for name in _POOLED_FIELDS for text in _texts(body.get(name)))
+            prompt_tokens = max(1, int(chars / self._tokenizers.chars_per_token(model)))
+            output_tokens = 0.0
+        elif pieces:
             tokenizer = self._tokenizers.get(model)
             if tokenizer is not None:
                 try:
@@ -78,7 +87,7 @@ class Estimator:
             block_size=size,
             exact=exact,
             prompt_tokens=prompt_tokens,
-            output_tokens=expected_output(body, hints, self._default_output),
+            output_tokens=output_tokens,
             arrived_at=now,
             hints=hints,
             group=group,
@@ -111,13 +120,19 @@ class Estimator:
             self._tokenizers.calibrate(call.model, chars / prompt_tokens)
 
 
+def _texts(value: Any) -> list[str]:
+    """The strings in a field that holds one or a list of them."""
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str)]
+
+
 def expected_output(body: Mapping[str, Any], hints: Hints, default: int) -> float:
-    """Expected output tokens: the asked-for length where it is forced, else the node's profile, else a default; never
-    more than the client's limit."""
+    """Expected output tokens of all choices: the asked-for length where it is forced, else the node's profile (which
+    counts all of them, too), else a default for each; never more than the client's limit."""
     limit = next((body[f] for f in _LIMITS if isinstance(body.get(f), int) and 0 < body[f] < 2**31), None)
     choices = body.get("n") if isinstance(body.get("n"), int) else 1
     choices = max(1, min(128, choices or 1))
     if limit is not None and (body.get("ignore_eos") is True or body.get("min_tokens") == limit):
         return float(limit * choices)
-    expected = hints.output_tokens if hints.output_tokens is not None else float(default)
-    return (min(expected, float(limit)) if limit is not None else expected) * choices
+    expected = hints.output_tokens if hints.output_tokens is not None else float(default * choices)
+    return min(expected, float(limit * choices)) if limit is not None else expected

@@ -6,8 +6,9 @@ a finished call's blocks become free, tail first, and are evicted least recently
 blocks count as resident from the moment a call is admitted, since vLLM shares a prefix that is still being
 prefilled. A chain's residency is therefore always a prefix of it, which makes a look-up a bisection.
 
-What the mirror cannot see (other clients of the worker, a restart) shows as a difference between predicted and
-actual cached tokens; `correct` repairs it, `clear` starts anew.
+What the mirror cannot see (other clients of the worker) shows as a difference between predicted and actual cached
+tokens, and is gone with the answer, since what was missing has been computed then. A prompt that never was is
+forgotten by `correct`; `clear` starts anew after a restart.
 
 Where the worker publishes KV events (`follow`) nothing of this is guessed: what no running call holds is resident
 when the engine says so, and evicted when it says so. Chains that are no token ids (text hashes, of routes that cannot
@@ -171,8 +172,8 @@ class WorkerResidency:
         return {name: len(chain) for name, chain in self._pins.items()}
 
     def correct(self, chain: Chain, actual: int) -> None:
-        """The worker had only `actual` leading blocks of `chain`: the rest was not there after all. Blocks that
-        running calls hold are left (they are there now)."""
+        """The worker has only `actual` leading blocks of `chain`: the rest was never computed, or is gone. Blocks
+        that running calls hold are left (they will be there)."""
         self._forget(chain[actual:])
 
     def store(self, blocks: Iterable[int]) -> None:

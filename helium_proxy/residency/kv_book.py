@@ -353,14 +353,6 @@ class BlockView:
         """How many leading full blocks of a prompt are resident."""
         return self.resident(token_chain(tokens, self._block_size, salt_of(self._model, cache_salt)))
 
-    def correct(self, chain: Sequence[int], actual: int) -> list[BlockHash]:
-        """The engine found only `actual` leading blocks of `chain`: drop the rest. Returns the engine's hashes of
-        those, for `EventBook.forget`."""
-        wrong = [self._block_of.pop(block) for block in chain[actual:] if block in self._block_of]
-        for block in wrong:
-            del self._chain_of[block]
-        return wrong
-
     def _store(self, event: Stored) -> Change:
         if event.opaque or event.block_size != self._block_size:
             return Change()

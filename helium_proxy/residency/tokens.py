@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import jinja2
@@ -76,7 +77,8 @@ class LocalTokenizer:
         )
         self._special = {s: self._encoder.token_to_id(s) for s in special}
         self._split = re.compile("(" + "|".join(map(re.escape, special)) + ")") if special else None
-        # -- state
+        # -- state. Long prompts are encoded in threads, several at a time.
+        self._lock = Lock()
         self._cache: OrderedDict[str, array[int]] = OrderedDict()  # piece → ids, least recent first
         self._cached = 0  # ids in it
         self._cache_tokens = cache_tokens
@@ -134,16 +136,19 @@ class LocalTokenizer:
         return ids
 
     def _piece(self, piece: str) -> array[int]:
-        cached = self._cache.get(piece)
-        if cached is not None:
-            self._cache.move_to_end(piece)
-            return cached
+        with self._lock:
+            cached = self._cache.get(piece)
+            if cached is not None:
+                self._cache.move_to_end(piece)
+                return cached
         ids = self.text(piece)
-        self._cache[piece] = ids
-        self._cached += len(ids)
-        while self._cached > self._cache_tokens:
-            _, old = self._cache.popitem(last=False)
-            self._cached -= len(old)
+        with self._lock:
+            if piece not in self._cache:  # another thread may have been first
+                self._cache[piece] = ids
+                self._cached += len(ids)
+                while self._cached > self._cache_tokens:
+                    _, old = self._cache.popitem(last=False)
+                    self._cached -= len(old)
         return ids
 
 

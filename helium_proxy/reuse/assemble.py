@@ -16,8 +16,8 @@ class StreamAssembler:
     """Feed it a stream's bytes as they pass; afterwards `result()` is the whole answer, or None if there is none.
 
     There is none when the stream broke off, carried an error, was larger than `max_bytes` or was not understood:
-    such an answer must be neither kept nor handed to anyone as complete. It never raises. `failed`, `text`, `usage`
-    and `tool_call_ids` may be read at any time.
+    such an answer must be neither kept nor handed to anyone as complete. It never raises. `failed`, `refused` (an
+    error came), `text`, `usage` and `tool_call_ids` may be read at any time.
 
     Bytes are laid aside and looked at when enough have come, or when something is asked: while a stream is relayed,
     a chunk costs an append.
@@ -38,6 +38,7 @@ class StreamAssembler:
         self._seen_bytes = 0
         self._ended = False
         self._failed = not self._family.streams
+        self._refused = False
 
     def __repr__(self) -> str:
         state = "failed" if self._failed else "complete" if self._ended else "open"
@@ -47,6 +48,11 @@ class StreamAssembler:
     def failed(self) -> bool:
         self._look()
         return self._failed
+
+    @property
+    def refused(self) -> bool:
+        self._look()
+        return self._refused
 
     @property
     def usage(self) -> dict[str, Any] | None:
@@ -140,6 +146,7 @@ class StreamAssembler:
 
     def _fold(self, event: dict[str, Any]) -> None:
         if event.get("error") is not None or event.get("type") in ("error", "response.failed"):
+            self._refused = True
             self._fail()
             return
         match self._family:

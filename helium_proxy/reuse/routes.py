@@ -13,7 +13,7 @@ class Family(Enum):
     RESPONSES = "responses"
     MESSAGES = "messages"
     POOLING = "pooling"
-    """Embeddings, scores, token ids: one JSON body, never a stream, no sampling."""
+    """Embeddings and scores: one JSON body, never a stream, no sampling."""
     OTHER = "other"
 
     @property
@@ -21,22 +21,14 @@ class Family(Enum):
         return self not in (Family.POOLING, Family.OTHER)
 
 
-_FAMILIES = {
+_FAMILIES = {  # the routes whose calls are queued and placed; all others pass straight through
     "/v1/chat/completions": Family.CHAT,
     "/v1/completions": Family.COMPLETIONS,
     "/v1/responses": Family.RESPONSES,
     "/v1/messages": Family.MESSAGES,
-    "/v1/messages/count_tokens": Family.POOLING,
     "/v1/embeddings": Family.POOLING,
     "/v1/rerank": Family.POOLING,
-    "/v2/rerank": Family.POOLING,
-    "/rerank": Family.POOLING,
     "/v1/score": Family.POOLING,
-    "/score": Family.POOLING,
-    "/pooling": Family.POOLING,
-    "/classify": Family.POOLING,
-    "/tokenize": Family.POOLING,
-    "/detokenize": Family.POOLING,
 }
 
 

@@ -116,9 +116,11 @@ class Pool:
     def note(self, worker: Worker, failure: SendFailed | None) -> None:
         """A passive signal: how a send to `worker` ended. A refused or lost connection has it checked at once."""
         now = self._clock()
+        was = worker.breaker.state(now)
         if worker.breaker.record(failure is None, now):
             metrics.BREAKER_OPENS.labels(worker.id).inc()
             log.warning("breaker opened", worker=worker.id, error=str(failure))
+        if worker.breaker.state(now) != was:
             self._on_change(worker)
         if failure is not None and failure.kind in ("refused", "lost"):
             event = self._prodded.get(worker.id)
@@ -177,8 +179,10 @@ class Pool:
                 status, body = await self._get(worker, "/v1/models")
                 if status != 200:
                     raise SendFailed("lost", f"/v1/models answered {status}")
-                worker.facts = read_models(worker.facts, orjson.loads(body))
+                before, worker.facts = worker.facts, read_models(worker.facts, orjson.loads(body))
                 models_due = now + settings.models_interval_s
+                if worker.state == "up" and _differs(before, worker.facts):
+                    self._on_change(worker)
         except (SendFailed, ValueError) as error:
             worker.failed_checks += 1
             worker.last_error = str(error)

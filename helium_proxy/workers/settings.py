@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 
@@ -15,7 +17,7 @@ class WorkerSpec(BaseModel):
     tokenizer: str | None = Field(
         None,
         description="Folder with the model's `tokenizer.json` and chat template. By default the model folder the "
-        "worker names is used if it exists here, otherwise the worker's `/tokenize`.",
+        "worker names is used if it exists here; without one, prompts are compared as text.",
     )
     kv_blocks: int | None = Field(
         None, ge=1, description="KV capacity in blocks, where the worker's `/metrics` does not tell."
@@ -27,6 +29,9 @@ class WorkerSpec(BaseModel):
     def _base(cls, url: str) -> str:
         if not url.startswith(("http://", "https://")):
             raise ValueError("must start with http:// or https://")
+        parts = urlsplit(url)
+        if not parts.hostname or parts.port == 0:  # (reading a port that is none raises ValueError)
+            raise ValueError("must name a host, and a port if any, as in http://gpu-1:8000")
         return url.rstrip("/").removesuffix("/v1")
 
 

@@ -148,7 +148,7 @@ class UpstreamClient:
                     timeout=limits,
                 )
                 return Upstream(response)
-            except (aiohttp.ClientConnectorError, aiohttp.ClientSSLError) as error:
+            except (aiohttp.ClientConnectorError, aiohttp.ClientSSLError, aiohttp.ConnectionTimeoutError) as error:
                 raise SendFailed("refused", str(error)) from error
             except TimeoutError as error:
                 raise SendFailed("timeout", "no answer in time") from error

@@ -77,6 +77,8 @@ class Worker:
     """Calls and prewarms ever sent to it."""
     foreign_waiting: int = 0
     """Calls that waited in the engine when it was last asked, and cannot have been ours."""
+    tells_cached: bool = False
+    """Whether its answers say how much of a prompt was cached, where any was."""
     failed_checks: int = 0
     last_error: str | None = None
     breaker: Breaker = field(init=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import campaigns, report, simulate, systems
-from benchmarks.campaign import Campaign
+from benchmarks.campaign import Campaign, save
 from benchmarks.engines import EngineOptions
 from benchmarks.workingset import working_set
 from benchmarks.workloads import SIZES, WORKLOADS
@@ -42,6 +43,27 @@ def test_figures_come_from_the_result_file(folder: Path) -> None:
     assert "No gain (within 2% of the best peer, or behind it): iterative (helium: 0.50 × over rr)." in text
     for plot in re.findall(r"\(benchmarks/([^)]+)\)", text):
         assert (folder / plot).read_text().startswith("<?xml")
+
+
+def test_a_campaign_of_an_earlier_day_is_kept_and_compared(folder: Path, tmp_path: Path) -> None:
+    old = result(measurement("rr", 10.0, computed_tokens=200), measurement("helium", 10.0, computed_tokens=100))
+    new = result(measurement("rr", 10.0, computed_tokens=206), measurement("helium", 8.0, computed_tokens=150))
+    new["about"]["date"] = "2026-01-02T"
+    for campaign in (old, new, new):
+        save(campaign, "vllm", tmp_path)
+    before = tmp_path / "before" / "vllm.json"
+    assert json.loads(before.read_text()) == old
+    assert json.loads((tmp_path / "vllm.json").read_text()) == new
+
+    text = report.render({"vllm": new, "before/vllm": old})
+    assert "vllm 2026-01-01 (commit `abc`)" in text
+    assert (
+        "prompt tokens 1 of 1 are within 5% of what they were, of ours, whose code has changed since, 0 of 1" in text
+    )
+    assert "the largest change is 50% (helium on debate)" in text
+    assert "moved by 25% at the median" in text
+    old["about"]["campaign"]["engines"] = "vllm:2"
+    assert "Measured again" not in report.render({"vllm": new, "before/vllm": old})
 
 
 def test_waiting_in_a_stream_is_compared_with_first_in_first_out(folder: Path) -> None:

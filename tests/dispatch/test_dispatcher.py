@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from helium_proxy.dispatch.dispatcher import Dispatcher
 from helium_proxy.dispatch.settings import DispatchSettings
 from helium_proxy.dispatch.state import QueuedCall
 from helium_proxy.errors import ModelNotFound, NoWorker, QueueFull
+from helium_proxy.workers.breaker import Breaker
 from helium_proxy.workers.settings import WorkerSpec, WorkersSettings
 from helium_proxy.workers.worker import Facts, ModelInfo, Worker
 
@@ -54,7 +56,7 @@ async def test_a_call_is_assigned_and_released() -> None:
     assignment = await dispatcher.acquire(call("a"))
     assert assignment.worker == "w0:1"
     assert dispatcher.statistics().running == 1
-    dispatcher.release(assignment, ok=True, computed_tokens=10, cached_tokens=0, output_tokens=5)
+    dispatcher.release(assignment, ok=True, computed_tokens=10, output_tokens=5)
     assert idle(dispatcher)
     dispatcher.release(assignment, ok=False)
     assert idle(dispatcher), "released twice by mistake, counted once"
@@ -205,3 +207,65 @@ async def test_a_call_goes_to_the_worker_that_holds_its_state(placement: str) ->
     dispatcher, _ = make("demo", "demo", "demo", placement=placement)
     for i in range(4):
         assert (await dispatcher.acquire(call(f"c{i}", prefer="w1:1"))).worker == "w1:1"
+
+
+async def test_calls_that_wait_for_a_worker_count_in_the_queue() -> None:
+    dispatcher, pool = make(max_queue=2, no_worker_wait_s=5)
+    early = [asyncio.create_task(dispatcher.acquire(call(name))) for name in "ab"]
+    pool["w:1"] = worker = Worker(WorkerSpec(url="http://w:1"), WorkersSettings(), state="starting")
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull):
+        await dispatcher.acquire(call("c"))
+    worker.state, worker.facts = "up", fact("demo")
+    dispatcher.worker_changed(worker)
+    for assignment in await asyncio.gather(*early):
+        dispatcher.release(assignment, ok=True)
+    assert idle(dispatcher)
+
+
+async def test_a_call_that_only_one_worker_can_answer_waits_for_it() -> None:
+    dispatcher, pool = make("demo", "demo", no_worker_wait_s=0.05)
+    owner = pool["w0:1"]
+    owner.state = "down"
+    dispatcher.worker_changed(owner)
+    with pytest.raises(NoWorker, match="continues"):
+        await dispatcher.acquire(call("a", prefer="w0:1"))
+    waiting = asyncio.create_task(dispatcher.acquire(call("b", prefer="w0:1")))
+    await asyncio.sleep(0.01)
+    owner.state = "up"
+    dispatcher.worker_changed(owner)
+    assignment = await waiting
+    assert assignment.worker == "w0:1"
+    dispatcher.release(assignment, ok=True)
+    del pool["w0:1"]
+    dispatcher.worker_gone(owner)
+    assignment = await dispatcher.acquire(call("c", prefer="w0:1"))
+    assert assignment.worker == "w1:1", "gone for good: the others may say so themselves"
+    dispatcher.release(assignment, ok=True)
+    assert idle(dispatcher)
+
+
+async def test_a_prompt_that_was_never_computed_is_not_taken_for_resident() -> None:
+    dispatcher, _ = make("demo")
+    mirror = dispatcher.state.workers["w0:1"].residency
+    chain = tuple(range(1, 9))
+    for reached in (False, True):
+        assignment = await dispatcher.acquire(replace(call(f"{reached}"), chain=chain))
+        assert assignment.cached_tokens == 0
+        dispatcher.release(assignment, ok=False, reached=reached)
+        assert mirror.match(chain) == 8 * reached
+
+
+async def test_a_half_open_worker_gets_one_call_and_the_rest_when_it_is_well() -> None:
+    dispatcher, pool = make("demo")
+    (worker,) = pool.values()
+    worker.breaker = Breaker(failures=1, cooldown_s=0.0)
+    worker.breaker.record(False, time.monotonic())
+    calls = [asyncio.create_task(dispatcher.acquire(call(name))) for name in "abc"]
+    await asyncio.sleep(0.01)
+    assert sum(task.done() for task in calls) == 1
+    worker.breaker.record(True, time.monotonic())
+    dispatcher.worker_changed(worker)
+    for assignment in await asyncio.gather(*calls):
+        dispatcher.release(assignment, ok=True)
+    assert idle(dispatcher)

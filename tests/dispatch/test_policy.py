@@ -368,3 +368,24 @@ class Dispatching(RuleBasedStateMachine):
 
 Dispatching.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestDispatching = Dispatching.TestCase
+
+
+def test_models_take_turns_on_a_worker_that_has_several() -> None:
+    state = fleet(0, default_running=1)
+    state.join("w", frozenset({"a", "b"}), SIZE, None)
+    for model in "aaaabb":
+        state.enqueue(call(model=model), 0.0)
+    order = []
+    while assignments := decide(state, 0.0):
+        for assignment in assignments:
+            order.append(assignment.call.model)
+            finish(state, assignment)
+    assert sorted(order[:4]) == ["a", "a", "b", "b"]
+
+
+def test_a_worker_on_probation_is_given_no_more_than_it_may() -> None:
+    state = fleet(1)
+    state.workers["w0"].allowance = 1
+    assert len(ask(state, *(call() for _ in range(5)))) == 1
+    state.workers["w0"].allowance = None
+    assert len(decide(state, 0.0)) == 4

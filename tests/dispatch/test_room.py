@@ -39,8 +39,6 @@ def test_what_is_removed_counts_no_more() -> None:
     forecast.remove("never")
     assert forecast.reserved == 4.0
     assert forecast.peak(5.0, 1.0, 0.0, 5.0) == 4.0
-    forecast.clear()
-    assert forecast.reserved == 0.0
 
 
 @given(

@@ -142,6 +142,9 @@ async def test_a_stored_response_is_its_tenant_s_alone(stack: Stack) -> None:
         response = await request
         assert response.status_code == 404
         assert name in response.json()["error"]["message"]
+    taken = await proxy.client.post("/v1/responses", json={**body, "request_id": name}, headers=bearer("sk-two"))
+    assert (taken.status_code, taken.json()["error"]["param"]) == (400, "request_id")
+    assert (await proxy.client.get(path, headers=bearer("sk-one"))).status_code == 200
 
 
 async def test_tenants_blocks_can_be_kept_apart(stack: Stack) -> None:

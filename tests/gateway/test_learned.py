@@ -136,3 +136,32 @@ async def test_passthrough_asks_nothing_and_follows_nobody(stack: Stack) -> None
     (worker,) = proxy.services.pool.all()
     assert not worker.facts.has_priority
     assert not proxy.services.events.followed(worker.id)
+
+
+async def test_a_worker_whose_events_cannot_be_heard_is_mirrored_by_guessing(stack: Stack) -> None:
+    engine = await stack.engine(kv_events=ANYWHERE, kv_events_replay=ANYWHERE)
+    proxy = await stack.proxy(engine)
+    (worker,) = proxy.services.pool.all()
+    await until(lambda: proxy.services.events.followed(worker.id))
+    await proxy.services.events._stop(worker.id)  # as if its endpoint were out of reach
+    mirror = proxy.services.dispatcher.state.workers[worker.id].residency
+    mirror.clear()
+    await proxy.chat(words(100, 1))
+    assert mirror.statistics().free > 10
+
+
+async def test_what_a_worker_leaves_out_when_nothing_was_cached_counts_as_nothing(stack: Stack) -> None:
+    """vLLM gives no details of a prompt of which nothing was cached."""
+    told = iter([7, None])
+
+    async def details(seen: Seen) -> None:
+        body = seen.completion()
+        cached = next(told)
+        body["usage"] = {**body["usage"], "prompt_tokens_details": cached and {"cached_tokens": cached}}
+        await seen.json(body)
+
+    proxy = await stack.proxy(await stack.fake(always=details))
+    for run in ("first", "second"):
+        await proxy.chat(run, helium={"run": run})
+    nodes = [(await proxy.client.get(f"/helium/runs/{run}")).json()["nodes"][0] for run in ("first", "second")]
+    assert [node["cached_tokens"] for node in nodes] == [7, 0]

@@ -162,3 +162,38 @@ async def test_passthrough_turns_everything_off(stack: Stack) -> None:
         assert response.headers["x-helium-cache"] == "bypass"
     assert len(worker.seen) == 3
     assert all("helium" not in s.body for s in worker.seen)
+
+
+async def test_those_who_joined_a_call_that_failed_have_failed(stack: Stack) -> None:
+    opened = asyncio.Event()
+
+    async def refuse(seen: Seen) -> None:
+        await opened.wait()
+        await seen.json({"error": {"message": "no"}}, 400)
+
+    worker = await stack.fake(always=refuse)
+    proxy = await stack.proxy(worker)
+    run = {"run": "r", "workflow": "w", "node": "n"}
+    calls = [asyncio.create_task(proxy.chat(temperature=0, helium=run)) for _ in range(3)]
+    await until(lambda: proxy.services.in_flight == 3)
+    opened.set()
+    assert [a.status_code for a in await asyncio.gather(*calls)] == [400] * 3
+    assert len(worker.seen) == 1
+    nodes = (await proxy.client.get("/helium/runs/r")).json()["nodes"]
+    assert [(node["state"], node["fate"], node["status"]) for node in nodes] == [("error", "error", 400)] * 3
+
+
+async def test_an_answer_without_usage_is_not_kept_for_those_who_want_it(stack: Stack) -> None:
+    """Streams of several prompts cannot be asked for their usage in the client's stead."""
+    engine = await stack.engine()
+    proxy = await stack.proxy(engine)
+    body = {"model": "demo", "prompt": ["one", "two"], "temperature": 0, "max_tokens": 3}
+    streamed = await proxy.client.post("/v1/completions", json={**body, "stream": True})
+    assert streamed.headers["x-helium-cache"] == "bypass"
+    whole = await proxy.client.post("/v1/completions", json=body)
+    assert whole.headers["x-helium-cache"] == "miss"
+    assert whole.json()["usage"]["prompt_tokens"] > 0
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    again = await proxy.client.post("/v1/completions", json={**body, **usage})
+    assert again.headers["x-helium-cache"] == "hit"
+    assert events(again.content)[-2][1]["usage"] == whole.json()["usage"]

@@ -40,7 +40,16 @@ async def test_adding_one_that_is_there_changes_its_key(stack: Stack) -> None:
 
 async def test_bad_workers_are_refused(stack: Stack) -> None:
     proxy = await stack.proxy(engine={"count": 0}, pool={"max_workers": 1})
-    for body in ({}, {"url": "ftp://x"}, {"url": 7}, {"url": "http://x", "uurl": 1}, [], "http://x"):
+    for body in (
+        {},
+        {"url": "ftp://x"},
+        {"url": 7},
+        {"url": "http://x:99999"},
+        {"url": "http://"},
+        {"url": "http://x", "uurl": 1},
+        [],
+        "http://x",
+    ):
         response = await proxy.client.post("/helium/workers", json=body)
         assert response.status_code == 400, body
         assert response.json()["error"]["type"] == "invalid_request_error"
@@ -100,8 +109,11 @@ async def test_models_that_a_worker_loads_later_are_noticed(stack: Stack) -> Non
     proxy = await stack.proxy(worker, pool={"models_interval_s": 0.05, "health_interval_s": 0.05})
     worker.models = ("demo", "adapter")
     await until(lambda: proxy.services.pool.models() == {"demo", "adapter"})
+    known = proxy.services.dispatcher.state.workers[worker.url.removeprefix("http://")]
+    await until(lambda: known.models == {"demo", "adapter"})
     assert (await proxy.client.post(CHAT, json={**chat(), "model": "adapter"})).status_code == 200
     worker.models = ("adapter",)
+    await until(lambda: known.models == {"adapter"})
     await until(lambda: proxy.services.pool.models() == {"adapter"})
 
 

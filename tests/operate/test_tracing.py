@@ -160,7 +160,7 @@ def test_switched_on_without_the_extra_says_what_to_install(monkeypatch: pytest.
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(RuntimeError, match=r"helium-proxy\[otel\]"):
+    with pytest.raises(RuntimeError, match=r"pip install .*\[otel\]"):
         make_tracer(enabled=True)
 
 

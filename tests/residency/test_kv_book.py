@@ -342,18 +342,6 @@ def test_blocks_that_cannot_be_told_from_tokens_are_counted_but_not_seen(event: 
     assert len(view) == 0, "nor are those that follow them"
 
 
-def test_a_wrong_prediction_corrects_view_and_book() -> None:
-    view, book = BlockView("m", BLOCK), started()
-    tokens = prompt(12)
-    told(view, book, 0, stored([1, 2, 3], tokens=tokens), stored([1, 2, 3], tokens=tokens))
-    chain = token_chain(tokens, BLOCK, salt_of("m"))
-    book.forget(view.correct(chain, 1))
-    assert view.resident(chain) == 1
-    assert 2 not in book
-    told(view, book, 1, removed(1), removed(1))
-    assert view.resident(chain) == 0
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_any_delivery_gives_the_same_view(seed: int) -> None:
     """An engine's random history through a lossy network, with restarts, ends in the engine's own state."""

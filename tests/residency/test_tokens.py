@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,13 @@ def test_a_template_reaches_nothing_outside(folder: Path, tmp_path: Path) -> Non
 )
 def test_text_pieces(route: str, body: dict[str, Any], expected: list[str]) -> None:
     assert prompt_pieces(route, body) == expected
+
+
+def test_threads_keep_count_of_what_they_encode_at_once(folder: Path) -> None:
+    """Siblings of a fan-out are encoded in threads, and all miss the same pieces."""
+    local = LocalTokenizer(folder, cache_tokens=10_000)
+    bodies = [{"messages": [user("the quick brown fox " * 400), user(f"question {i}")]} for i in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(5):
+            list(threads.map(lambda body: local.request(CHAT, body), bodies))
+    assert local._cached == sum(map(len, local._cache.values()))

@@ -98,5 +98,5 @@ async def test_a_body_that_is_no_answer_becomes_no_stream(body: bytes) -> None:
 
 async def test_a_body_without_an_id_passes_unchanged() -> None:
     body = {"tokens": [1, 2], "count": 2}
-    out = await told([orjson.dumps(body)], "/tokenize", from_stream=False, to_stream=False)
+    out = await told([orjson.dumps(body)], "/v1/embeddings", from_stream=False, to_stream=False)
     assert orjson.loads(out) == body

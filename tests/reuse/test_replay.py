@@ -101,7 +101,7 @@ def test_transfer_parameters_are_one_calls_own() -> None:
 
 def test_a_pooling_answer_replays_as_json_only() -> None:
     tokens = {"count": 2, "max_model_len": 10, "tokens": [1, 2]}
-    entry = kept("/tokenize", tokens)
+    entry = kept("/v1/embeddings", tokens)
     assert orjson.loads(as_json(entry, "new", 1)) == tokens, "no id where the route has none"
     assert as_json(kept("/v1/embeddings", {"id": "x"}), "new", 1) == b'{"id":"new"}'
     with pytest.raises(ValueError, match="no streams"):
@@ -195,6 +195,7 @@ def test_a_stream_larger_than_the_bound_is_given_up() -> None:
     for _ in range(100):
         assembler.feed(chunk({"content": "x" * 50}))
     assert assembler.failed
+    assert not assembler.refused, "the client has its answer all the same"
     assert assembler.result() is None
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import aiohttp
 import pytest
 from pydantic import ValidationError
 
 from helium_proxy.workers.settings import WorkerSpec, WorkersSettings
+from helium_proxy.workers.upstream import SendFailed, UpstreamClient
 from helium_proxy.workers.worker import Facts, Worker, read_metrics, read_models, worker_id
 
 SPEC = WorkerSpec(url="http://w:8000")
@@ -112,3 +114,20 @@ def test_keys_are_sent_and_not_shown() -> None:
     assert worker.headers == {"Authorization": "Bearer sk-secret"}
     assert "secret" not in repr(worker) + repr(worker.spec)
     assert not Worker(SPEC, WorkersSettings()).headers
+
+
+async def test_a_host_that_does_not_answer_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was sent yet: the call may go elsewhere at no cost."""
+
+    async def request(*_: Any, **__: Any) -> None:
+        raise aiohttp.ConnectionTimeoutError("no route")
+
+    client = UpstreamClient(WorkersSettings())
+    monkeypatch.setattr(client._session, "request", request)
+    try:
+        with pytest.raises(SendFailed) as caught:
+            await client.send(Worker(SPEC, WorkersSettings()), "GET", "/health", headers={}, body=None)
+    finally:
+        monkeypatch.undo()
+        await client.close()
+    assert caught.value.kind == "refused"
