@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -42,4 +43,17 @@ async def pairs(vllm_engines: list[EngineClient]) -> AsyncIterator[Pairs]:
 async def test_answers_are_equal(pairs: Pairs, case: Case) -> None:
     direct, proxied = pairs[case.name]
     assert accepts(case, direct.status), direct.raw[:500]
-    assert proxied.merged() == direct.merged()
+    assert proxied.merged() == nearly(direct.merged())
+
+
+def nearly(value: Any) -> Any:
+    """`value`, whose log probabilities may differ in their last digits: they do with what is in the batch."""
+    match value:
+        case dict():
+            return {key: nearly(item) for key, item in value.items()}
+        case list():
+            return [nearly(item) for item in value]
+        case float():
+            return pytest.approx(value, abs=1e-3)
+        case _:
+            return value
