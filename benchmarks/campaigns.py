@@ -26,15 +26,6 @@ _VLLM = Campaign(
 _COMPACT = replace(_VLLM, options=replace(_VLLM.options, block_size=32), sizes="compact", scale=0.25)
 """The same with blocks and prompts of a third of the tokens or so: faster, and more of the time is overhead."""
 
-_ALONE = replace(_VLLM, engines="vllm:1", systems=("rr",), scale=0.15)
-_ALONE_EMBEDDED = replace(
-    _ALONE,
-    engines="embedded:1",
-    options=replace(_VLLM.options, kv_events=False),
-    repeats=1,
-)
-"""One engine with a core to itself, real and embedded: how far the latter can be trusted."""
-
 _H100 = replace(
     _VLLM,
     engines="embedded:8",
@@ -126,8 +117,6 @@ _PREDICTIONS = replace(_COMPACT, systems=("helium", "helium-no-events"), repeats
 
 CAMPAIGNS: dict[str, Campaign] = {
     "vllm": _VLLM,
-    "alone": _ALONE,
-    "alone_embedded": _ALONE_EMBEDDED,
     "h100": _H100,
     "two_day": _TWO_DAY,
     "agents": _AGENTS,

@@ -88,7 +88,7 @@ class Harness:
         writer = Writer(plan.seed + 1_000_003, self.writer_scale)
         inputs = plan.workload.make_inputs(writer, plan.sizes, plan.warmup)[0]
         async with HttpCaller(urls, self.engines.model, system.decorate) as caller:
-            await self._drive(caller, plan, inputs, "warmup")
+            await self.drive(caller, plan, inputs, "warmup")
         await self.engines.reset(self.session)
 
     async def _phases(
@@ -119,7 +119,7 @@ class Harness:
                             caller, plan.workload, plan.sizes, runs, writer=writer, name=name
                         )
                     else:
-                        latencies = await self._drive(caller, plan, runs, name)
+                        latencies = await self.drive(caller, plan, runs, name)
                 except CallFailed as failure:
                     latencies = {}
                     caller.failures.append(str(failure))
@@ -146,7 +146,7 @@ class Harness:
             measurements.append(measured)
         return measurements, outputs
 
-    async def _drive(
+    async def drive(
         self, caller: HttpCaller, plan: Plan, runs: Sequence[dict[str, str]], name: str
     ) -> dict[str, float]:
         """Run the batch; the runs' latencies by run id (failed runs are left out)."""

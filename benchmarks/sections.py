@@ -62,11 +62,14 @@ def setting(result: dict[str, Any]) -> str:
     repeats = "–".join(str(count) for count in sorted({min(counts, default=0), max(counts, default=0)}))
     repeats = "One repeat" if repeats == "1" else f"{repeats} interleaved repeats"
     extra = " ".join(f"`{argument}`" for argument in about.get("engine_args", ()))
+    runs = {m["shape"].replace("_", " "): m["runs"] for m in result["measurements"]}
+    batches = ", ".join(f"{shape} {count}" for shape, count in runs.items())
+    peers = ", ".join(dict.fromkeys(m["system"] for m in result["measurements"] if m["family"] != "helium"))
     return (
         f"Engines: {engines_of(about)}{speed}, each with {_kv(about)}{extra and f', started with {extra}'}. "
         f"Prompts in tokens: static {sizes['static']}, context "
         f"{sizes['context']}, question {sizes['question']}, output {sizes['output']}. "
-        f"{repeats}. "
+        f"Runs in a batch: {batches}. {f'Peers: {peers}. ' if peers else ''}{repeats}. "
         f"{about['cpu']}, {about['cores']} cores; {about['date'][:10]}, commit `{about['commit']}`."
     )
 
@@ -364,24 +367,28 @@ def calibration(results: Results, folder: Path) -> str:
         f"({found['engine']['vllm']}): step times within {100 * max(errors):.0f}% at worst, "
         f"{100 * sorted(errors)[len(errors) // 2]:.0f}% at the median."
     )
-    if "alone" in results and "alone_embedded" in results:
-        real, simulated = (
-            {row.shape: row.makespan_low for row in table_of(results[name])} for name in ("alone", "alone_embedded")
-        )
+    if "replay" in results:
+        replay = results["replay"]
         body = [
             [
                 shape.replace("_", " "),
-                f"{real[shape]:.2f}",
-                f"{simulated[shape]:.2f}",
-                f"{simulated[shape] / real[shape] - 1:+.0%}",
+                str(row["calls"]),
+                f"{min(row['measured_s']):.2f}; {max(row['measured_s']):.2f}",
+                f"{row['simulated_s']:.2f}",
+                f"{row['error']:+.0%}",
+                f"{row['shipped_s'] / min(row['measured_s']) - 1:+.0%}",
             ]
-            for shape in real
-            if shape in simulated
+            for shape, row in replay["shapes"].items()
         ]
+        campaign = replay["about"]["campaign"]
         text += (
-            "\n\nMakespan of the six shapes on one engine, without a proxy, real and embedded; the fastest of the "
-            "repeats, since neighbours can only slow the real one down. "
-            f"{setting(results['alone'])}\n\n"
+            "\n\nThe six shapes on one real engine without a proxy, and the very same calls, by token ids, on the "
+            "embedded engine's scheduler in virtual time (`python -m benchmarks.replay`): at rates fitted in the same "
+            "hour to other batches, and at those of the `cpu-tiny` profile, fitted on another day. "
+            f"{campaign['repeats']} repeats, of which the fastest counts, since neighbours can only slow the real one "
+            f"down. {replay['about']['cpu']}, {replay['about']['cores']} cores; {replay['about']['date'][:10]}, commit "
+            f"`{replay['about']['commit']}`.\n\n"
         )
-        text += markdown_table(["shape", "real s", "embedded s", "error"], body)
+        head = ["shape", "calls", "real s (fastest; slowest)", "simulated s", "error", "error of `cpu-tiny`"]
+        text += markdown_table(head, body)
     return text

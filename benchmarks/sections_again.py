@@ -1,4 +1,4 @@
-"""The report's section on campaigns that were measured twice, on different days."""
+"""The report's section on campaigns that were measured twice, hours or days apart."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def again(results: Results, folder: Path) -> str:
         old = results.get(BEFORE + name)
         if old is None or not _comparable(old, new):
             continue
-        days.append(f"{name} {old['about']['date'][:10]} (commit `{old['about']['commit']}`)")
+        days.append(f"{name} {old['about']['date'][:16].replace('T', ' ')} (commit `{old['about']['commit']}`)")
         then = _rows(old)
         for key, (row, ratio) in _rows(new).items():
             if key not in then:
@@ -64,7 +64,7 @@ def again(results: Results, folder: Path) -> str:
     moved = [abs(now / then - 1) for then, now in verdicts]
     head = ["campaign", "shape", "system", "tokens ÷ fewest then", "now", "change", "helium × best peer then", "now"]
     return (
-        "## Measured again\n\nCampaigns of an earlier day beside the present ones: "
+        "## Measured again\n\nEarlier measurements of the same campaigns beside the present ones: "
         f"{', '.join(days)}. Of the peers' counts of prompt tokens {_share(peers)} are within 5% of what they were, "
         f"of ours, whose code has changed since, {_share(ours)}; the largest change is {100 * most:.0f}% ({where}). "
         + (f"Our ratio to the best peer moved by {100 * median(moved):.0f}% at the median. " if moved else "")

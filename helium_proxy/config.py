@@ -76,7 +76,7 @@ class DirectiveSettings(_Section):
     prewarm: bool = Field(True, description="Prefill expected prefixes on idle capacity.")
     lookahead: bool = Field(True, description="Prefill what the template says comes next while the client thinks.")
     min_think_s: float = Field(0.2, ge=0, description="Shorter think times leave nothing to gain by lookahead.")
-    min_probability: float = Field(0.7, ge=0, le=1, description="Of a next call, to prewarm it.")
+    min_probability: float = Field(0.7, ge=0, le=1, description="Of a next call, to prefill for it.")
     busy_calls: int = Field(
         0, ge=0, description="A worker that runs more calls than this is not idle: nothing is sent ahead to it."
     )

@@ -16,9 +16,9 @@ class WorkflowSettings(BaseModel):
     inference: bool = Field(True, description="Recover parents and runs of untagged calls from their content.")
     native_headers: bool = Field(True, description="Read session headers of known agents and proxies.")
     templates: bool = Field(True, description="Learn templates from runs and predict live runs from them.")
-    lookahead: bool = Field(True, description="Predict the calls that follow a call, for prewarming and pins.")
+    lookahead: bool = Field(True, description="Predict the calls that follow a call, for `directives.lookahead`.")
     lookahead_min_probability: float = Field(
-        0.5, ge=0.0, le=1.0, description="Predictions less likely than this are not reported."
+        0.5, ge=0.0, le=1.0, description="Less likely ones are not predicted at all (`directives.min_probability`)."
     )
 
     run_idle_s: float = Field(

@@ -48,7 +48,7 @@ def test_figures_come_from_the_result_file(folder: Path) -> None:
 def test_a_campaign_of_an_earlier_day_is_kept_and_compared(folder: Path, tmp_path: Path) -> None:
     old = result(measurement("rr", 10.0, computed_tokens=200), measurement("helium", 10.0, computed_tokens=100))
     new = result(measurement("rr", 10.0, computed_tokens=206), measurement("helium", 8.0, computed_tokens=150))
-    new["about"]["date"] = "2026-01-02T"
+    old["about"]["date"], new["about"]["date"] = "2026-01-01T03:04:05", "2026-01-02T03:04:05"
     for campaign in (old, new, new):
         save(campaign, "vllm", tmp_path)
     before = tmp_path / "before" / "vllm.json"
@@ -56,7 +56,7 @@ def test_a_campaign_of_an_earlier_day_is_kept_and_compared(folder: Path, tmp_pat
     assert json.loads((tmp_path / "vllm.json").read_text()) == new
 
     text = report.render({"vllm": new, "before/vllm": old})
-    assert "vllm 2026-01-01 (commit `abc`)" in text
+    assert "vllm 2026-01-01 03:04 (commit `abc`)" in text
     assert (
         "prompt tokens 1 of 1 are within 5% of what they were, of ours, whose code has changed since, 0 of 1" in text
     )
@@ -112,9 +112,10 @@ def test_lookahead_is_judged_by_the_calls_that_follow_others(folder: Path) -> No
 
 def test_the_embedded_engine_s_error_is_against_the_fastest_real_run(folder: Path) -> None:
     fitted = {"engine": {"vllm": "1.2"}, "fitted_to": {"decode": {"error": -0.04}}}
-    real = [measurement("rr", seconds) for seconds in (12.0, 10.0, 15.0)]
-    results = {"calibration": fitted, "alone": result(*real), "alone_embedded": result(measurement("rr", 9.0))}
-    assert "| debate | 10.00 | 9.00 | -10% |" in report.render(results)
+    row = {"calls": 30, "measured_s": [12.0, 10.0, 15.0], "simulated_s": 9.0, "shipped_s": 8.0, "error": -0.1}
+    replay = {"about": result()["about"], "shapes": {"debate": row}}
+    text = report.render({"calibration": fitted, "replay": replay})
+    assert "| debate | 30 | 10.00; 15.00 | 9.00 | -10% | -20% |" in text
 
 
 def test_a_gpu_s_section_names_card_and_engine(folder: Path) -> None:
