@@ -1,9 +1,9 @@
 """How far the embedded engine can be trusted: ``python -m benchmarks.replay``.
 
-The six shapes run on one real vLLM CPU engine, without a proxy, while every call is recorded with the token ids of its
-prompt and what it waits for. The very same calls then go through the embedded engine's scheduler in virtual time, at
-rates that were fitted in the same hour to other batches (`benchmarks.calibrate`): a machine with neighbours is not as
-fast on one day as on another. What differs then is what the scheduler's model leaves out.
+The six shapes run on one real vLLM CPU engine, without a proxy, while every call is recorded with the token ids of
+its prompt and what it waits for. The very same calls then go through the embedded engine's scheduler in virtual time,
+at rates that were fitted in the same hour to other batches (`benchmarks.calibrate`): a machine with neighbours is not
+as fast on one day as on another. What differs then is what the scheduler's model leaves out.
 """
 
 from __future__ import annotations

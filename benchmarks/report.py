@@ -100,15 +100,15 @@ _NUMERICS = (
     "nothing about the systems."
 )
 _PARTS = (
-    "`python -m benchmarks.gpu.run --mps --blocks 1024`, with `--batch` for the runs given below: stock vLLM (0.24, to "
-    "which the pinning plugin is not loaded), random weights. One card stands for several: CUDA's "
-    "Multi-Process Service gives each engine an equal part of its multiprocessors, so that none has what another "
+    "`python -m benchmarks.gpu.run --mps --blocks 1024`, with `--batch` for the runs given below: stock vLLM (0.24, "
+    "into which the pinning plugin is not loaded), random weights. One card stands for several: CUDA's Multi-Process "
+    "Service gives each engine an equal part of its multiprocessors, so that none has what another "
     f"leaves idle; memory bandwidth is common. {_NUMERICS}"
 )
 _TURNS = (
-    "`python -m benchmarks.gpu.run --blocks 2048 --scale 1 --out gpu_shared`, batches that the engines hold. Engines that share a GPU so "
-    "take turns on it: what one leaves idle the other has, so that balance is worth nothing, and a router that keeps "
-    "to one engine decodes in fewer, larger batches."
+    "`python -m benchmarks.gpu.run --blocks 2048 --scale 1 --out gpu_shared`, batches that the engines hold. Engines "
+    "that share a GPU so take turns on it: what one leaves idle the other has, so that balance is worth nothing, and "
+    "a router that keeps to one engine decodes in fewer, larger batches."
 )
 
 

@@ -380,14 +380,14 @@ def calibration(results: Results, folder: Path) -> str:
             ]
             for shape, row in replay["shapes"].items()
         ]
-        campaign = replay["about"]["campaign"]
+        about = replay["about"]
+        campaign = about["campaign"]
         text += (
             "\n\nThe six shapes on one real engine without a proxy, and the very same calls, by token ids, on the "
-            "embedded engine's scheduler in virtual time (`python -m benchmarks.replay`): at rates fitted in the same "
-            "hour to other batches, and at those of the `cpu-tiny` profile, fitted on another day. "
-            f"{campaign['repeats']} repeats, of which the fastest counts, since neighbours can only slow the real one "
-            f"down. {replay['about']['cpu']}, {replay['about']['cores']} cores; {replay['about']['date'][:10]}, commit "
-            f"`{replay['about']['commit']}`.\n\n"
+            "embedded engine's scheduler in virtual time (`python -m benchmarks.replay`): at rates fitted in the "
+            "same hour to other batches, and at those of the `cpu-tiny` profile, fitted on another day. "
+            f"{campaign['repeats']} repeats, of which the fastest counts, since neighbours can only slow the real "
+            f"one down. {about['cpu']}, {about['cores']} cores; {about['date'][:10]}, commit `{about['commit']}`.\n\n"
         )
         head = ["shape", "calls", "real s (fastest; slowest)", "simulated s", "error", "error of `cpu-tiny`"]
         text += markdown_table(head, body)

@@ -6,8 +6,9 @@ own=" $(hostname -I) "
 index=0
 number=1
 while [ "$number" -le "${WORKERS:-1}" ]; do
-  address=$(getent hosts "$WORKER_HOST-$number" | cut -d ' ' -f 1) || address=none
-  case "$own" in *" $address "*) index=$((number - 1)) ;; esac
+  # (Empty while a container that starts later has no name yet.)
+  address=$(getent hosts "$WORKER_HOST-$number" | cut -d ' ' -f 1)
+  case "$own" in *" ${address:-none} "*) index=$((number - 1)) ;; esac
   number=$((number + 1))
 done
 count=${GPUS_PER_WORKER:-1}

@@ -6,6 +6,7 @@ The tree::
     ├── InvalidRequest              400  invalid_request_error
     │   └── ConfigError             (never over HTTP: printed by the command line)
     ├── Unauthorized                401  invalid_api_key
+    ├── Forbidden                   403  insufficient_permissions
     ├── NotFound                    404  not_found_error
     │   └── ModelNotFound           404  model_not_found
     ├── BodyTooLarge                413  request_too_large
@@ -66,6 +67,12 @@ class Unauthorized(HeliumError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class Forbidden(HeliumError):
+    status = 403
+    type = "invalid_request_error"
+    code = "insufficient_permissions"
 
 
 class NotFound(HeliumError):

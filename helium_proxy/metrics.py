@@ -153,7 +153,9 @@ PLACEMENTS = _counter(
 RETRIES = _counter("helium_retries_total", "Calls sent again before their first byte, by reason.", ["reason"])
 
 # -- workers
-WORKER_UP = _gauge("helium_worker_up", "1 when the worker takes calls.", ["worker", "model"])
+WORKER_UP = _gauge(
+    "helium_worker_up", "1 while the worker is up; its model is empty until it is known.", ["worker", "model"]
+)
 WORKER_RUNNING = _gauge("helium_worker_running_calls", "Calls of ours on the worker.", ["worker"])
 WORKER_BLOCKS = _gauge("helium_worker_capacity_blocks", "KV capacity in blocks.", ["worker"])
 WORKER_RESIDENT = _gauge("helium_worker_resident_blocks", "Blocks believed resident.", ["worker"])
@@ -216,8 +218,17 @@ for _family, _values in (
     (TAGS, ("body", "header", "baggage", "native")),
     (TAG_CONFLICTS, ("workflow", "run", "node", "parents", "final", "deadline_ms", "priority")),
     (TAGS_IGNORED, ("workflow", "run", "node", "parents", "final", "deadline_ms", "priority")),
-    (ERRORS, ("queue_full", "no_worker", "upstream_error", "draining", "deadline_exceeded", "invalid_api_key")),
-    (FAIL_OPEN, ("workflow", "dispatch", "tokenizer", "directives", "kv_events")),
+    (
+        ERRORS,
+        (
+            *("queue_full", "no_worker", "upstream_error", "draining", "deadline_exceeded", "invalid_api_key"),
+            "cache_miss",
+        ),
+    ),
+    (
+        FAIL_OPEN,
+        ("workflow", "dispatch", "tokenizer", "directives", "kv_events", "reuse", "planner", "estimate"),
+    ),
     (RETRIES, ("refused", "lost", "timeout")),
 ):
     for _value in _values:

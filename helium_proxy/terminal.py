@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import click
 import httpx
@@ -80,7 +81,7 @@ def show_runs(url: str, api_key: str | None, *, limit: int, workflow: str | None
 
 def show_run(url: str, api_key: str | None, name: str) -> None:
     """One run: its calls in layers, each with the calls it waited for, what became of it, and when."""
-    run = _get(url, api_key, f"/helium/runs/{name}")
+    run = _get(url, api_key, f"/helium/runs/{quote(name, safe='')}")
     calls: list[Json] = run["nodes"]
     console = _console()
     console.print(

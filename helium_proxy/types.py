@@ -78,6 +78,7 @@ class Arrival(msgspec.Struct, frozen=True):
     """Key of the template (workflow name or learned fingerprint) this run follows."""
     hints: Hints = msgspec.field(default_factory=Hints)
     retry: bool = False
+    tenant: str = ""
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from openai import AsyncOpenAI, OpenAIError
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from rich.console import Console
 
 from helium_proxy.demo import show
@@ -68,7 +68,7 @@ async def run(workers: list[str], *, once: bool, port: int, batch: int, model: s
         loop.add_signal_handler(number, main.cancel)
     try:
         with _engines(workers, console) as urls:
-            async with httpx.AsyncClient(timeout=30) as http:
+            async with httpx.AsyncClient(timeout=30, trust_env=bool(workers)) as http:
                 engines = Engines(urls, http, api_key)
                 served = await engines.models()
                 if model is not None and model not in served:
@@ -123,7 +123,8 @@ async def _direct(engines: Engines, model: str, batch: int, api_key: str | None,
 
 
 async def _through(engines: Engines, port: int, model: str, batch: int, console: Console) -> Measured:
-    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+    local = DefaultAsyncHttpxClient(trust_env=False)
+    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", http_client=local) as client:
         return await _measure(engines, Agent(lambda: client, model), batch, "through the proxy", console)
 
 

@@ -62,9 +62,7 @@ class Dispatcher:
     async def acquire(self, call: QueuedCall) -> Assignment:
         """Waits until `call` may start. Raises QueueFull, ModelNotFound, or NoWorker when none of its model, or the
         one that it must go to, comes up in time. Cancelling the wait takes the call out of the queue."""
-        waiting = self.state.queued + self._outside
-        if waiting >= self.state.settings.max_queue:
-            raise QueueFull(f"{waiting} calls are waiting already", retry_after=self._retry_after())
+        self.check_room()
         self._outside += 1
         try:
             await self.wait_for_model(call.model)
@@ -84,6 +82,12 @@ class Dispatcher:
             raise
         finally:
             self._waiting.pop(call.id, None)
+
+    def check_room(self) -> None:
+        """Raises QueueFull when no more calls may wait."""
+        waiting = self.state.queued + self._outside
+        if waiting >= self.state.settings.max_queue:
+            raise QueueFull(f"{waiting} calls are waiting already", retry_after=self._retry_after())
 
     def release(
         self,

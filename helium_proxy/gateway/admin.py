@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import ValidationError
 
-from helium_proxy.errors import InvalidRequest, NotFound, Unauthorized
+from helium_proxy.errors import Forbidden, InvalidRequest, NotFound
 from helium_proxy.gateway.auth import Principal
 from helium_proxy.gateway.services import Services
 from helium_proxy.workers.settings import WorkerSpec
@@ -23,7 +23,7 @@ def admin_routes(services: Services) -> APIRouter:
 
     def operator(who: Annotated[Principal, Depends(caller)]) -> Principal:
         if not who.admin:
-            raise Unauthorized("This key may not use the operator's routes.")
+            raise Forbidden("This key may not use the operator's routes.")
         return who
 
     router = APIRouter(prefix="/helium", tags=["operator"])
@@ -38,7 +38,7 @@ def admin_routes(services: Services) -> APIRouter:
         """The newest runs, each with its counts."""
         return {"runs": services.workflows.runs(limit, workflow, state, _scope(who))}
 
-    @router.get("/runs/{run}", response_model=None)
+    @router.get("/runs/{run:path}", response_model=None)
     async def run(
         run: str,
         who: Annotated[Principal, Depends(caller)],
@@ -54,10 +54,10 @@ def admin_routes(services: Services) -> APIRouter:
         if found is None:
             raise NotFound(f"no run {run!r}", param="run")
         if isinstance(found, dict):
-            return {**found, "expected": expected(services, run) if found["state"] == "live" else []}
+            return {**found, "expected": expected(services, run, tenant) if found["state"] == "live" else []}
         return PlainTextResponse(found)
 
-    @router.delete("/runs/{run}")
+    @router.delete("/runs/{run:path}")
     async def end_run(run: str, who: Annotated[Principal, Depends(caller)]) -> dict[str, Any]:
         """Ends a live run: its template learns that nothing more comes."""
         if not services.workflows.end_run(who.tenant, run):
@@ -116,11 +116,11 @@ def admin_routes(services: Services) -> APIRouter:
     return router
 
 
-def expected(services: Services, run: str) -> list[dict[str, Any]]:
-    """The calls a live run should still make, as its template predicts them."""
+def expected(services: Services, run: str, tenant: str | None) -> list[dict[str, Any]]:
+    """The calls a live run (of `tenant`, or of any) should still make, as its template predicts them."""
     now, flows, calls = services.clock(), services.workflows, []
-    for (node, iteration), count in flows.remaining(run, now).items():
-        prompt, output = flows.lengths(run, node, iteration, now)
+    for (node, iteration), count in flows.remaining(run, now, tenant).items():
+        prompt, output = flows.lengths(run, node, iteration, now, tenant)
         calls.append(
             {"node": node, "iteration": iteration, "calls": count, "prompt_tokens": prompt, "output_tokens": output}
         )

@@ -29,7 +29,7 @@ from helium_proxy.gateway.models import model_routes
 from helium_proxy.gateway.port import plan_deps
 from helium_proxy.gateway.run_metrics import RunMetrics
 from helium_proxy.gateway.services import Background, Services
-from helium_proxy.gateway.tracing import make_tracer
+from helium_proxy.gateway.tracing import make_tracer, run_name
 from helium_proxy.gateway.workflows import workflow_routes
 from helium_proxy.planner.estimate import Estimator
 from helium_proxy.residency.registry import Tokenizers
@@ -186,7 +186,7 @@ async def _tick(services: Services) -> None:
             ends = services.workflows.tick(services.clock())
             runs.tick(ends)
             for end in ends:
-                services.tracer.end_run(end.run)
+                services.tracer.end_run(run_name(end.tenant, end.run))
             services.dispatcher.tick(services.clock())
             services.events.tick()
             _gauges(services)

@@ -83,7 +83,8 @@ def _page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def batch_routes(batches: Batches, tenant_of: Callable[[Request], str]) -> APIRouter:
+def batch_routes(batches: Batches, tenant_of: Callable[[Request], str], check_open: Callable[[], None]) -> APIRouter:
+    """`check_open` raises when no new work is taken."""
     router = APIRouter()
     files, settings = batches.files, batches.files.settings
 
@@ -125,6 +126,7 @@ def batch_routes(batches: Batches, tenant_of: Callable[[Request], str]) -> APIRo
     @router.post("/v1/batches")
     async def create(request: Request) -> Response:
         tenant = tenant_of(request)
+        check_open()
         return json_response(batches.create(tenant, parse_json(await body_of(request, _FORM_BYTES))).view())
 
     @router.get("/v1/batches")

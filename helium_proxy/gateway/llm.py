@@ -175,6 +175,7 @@ class LlmRoutes:
         sent["x-request-id"] = request_id
         ticket = Ticket(request, raw, path, sent, arrived, control=parse_cache_control(headers.get("cache-control")))
         ticket.request_id = str(given) if safe else request_id
+        self._stored(ticket)
         if route in ID_PREFIX:
             try:
                 ticket.arrival = services.workflows.arrive(request, arrived)
@@ -189,24 +190,29 @@ class LlmRoutes:
                 metrics.FAIL_OPEN.labels("workflow").inc()
         if hints is not None:
             ticket.hints = hints
-        if route == "/v1/responses":
-            own = body.get("request_id")
-            stored = own if isinstance(own, str) else request.id  # the id under which the engine stores the response
-            if not services.may_see(stored, principal.tenant):
-                raise InvalidRequest("request_id is taken", param="request_id")
-            services.note_tenant(stored, principal.tenant)
-        previous = body.get("previous_response_id")
-        if isinstance(previous, str):
-            if not services.may_see(previous, principal.tenant):
-                raise NotFound(f"Response with id '{previous}' not found.", param="response_id")
-            ticket.previous = services.aliases.get(previous)
-            ticket.prefer = services.owners.get(ticket.previous or previous)
         ticket.suggestion = suggestion
         if settings.auth.salt_tenants:
             own, tenant = body.get("cache_salt"), principal.tenant
             ticket.salt = f"{len(tenant)}:{tenant}" + (f":{own}" if isinstance(own, str) else "")
         ticket.key = self._key(ticket)
         return ticket
+
+    def _stored(self, ticket: Ticket) -> None:
+        """Whose the response is that this call will store, and which it continues. Raises InvalidRequest and NotFound
+        for what is another tenant's."""
+        services, request = self._services, ticket.request
+        if request.route == "/v1/responses":
+            own = request.body.get("request_id")
+            stored = own if isinstance(own, str) else request.id  # the id under which the engine stores the response
+            if not services.may_see(stored, request.tenant):
+                raise InvalidRequest("request_id is taken", param="request_id")
+            services.note_tenant(stored, request.tenant)
+        previous = request.body.get("previous_response_id")
+        if isinstance(previous, str):
+            if not services.may_see(previous, request.tenant):
+                raise NotFound(f"Response with id '{previous}' not found.", param="response_id")
+            ticket.previous = services.aliases.get(previous)
+            ticket.prefer = services.owners.get(ticket.previous or previous)
 
     def _key(self, ticket: Ticket) -> bytes | None:
         """Under which equal calls meet; None: this one is answered alone."""

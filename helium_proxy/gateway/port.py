@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from helium_proxy.errors import HeliumError, InvalidRequest, ModelNotFound
+from helium_proxy.errors import Draining, HeliumError, InvalidRequest, ModelNotFound, UpstreamFailed
 from helium_proxy.gateway.afterwards import report
 from helium_proxy.gateway.auth import Principal
 from helium_proxy.gateway.llm import LlmRoutes
@@ -16,7 +16,7 @@ from helium_proxy.gateway.replies import Reply, read_reply
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.workflows import PlanDeps
 from helium_proxy.planner.cost import PlanWorker
-from helium_proxy.planner.port import CallResult
+from helium_proxy.planner.port import CallResult, reply_text
 from helium_proxy.reuse import cache_key, cacheable
 from helium_proxy.types import Fate, Hints
 
@@ -43,9 +43,22 @@ class PlanPort:
     ) -> CallResult:
         """The answer to one operator's call. Raises HeliumError."""
         services = self._services
+        if services.draining:
+            raise Draining("the proxy is shutting down", retry_after=1)
+        services.dispatcher.check_room()  # before anything is noted of a call that will be tried again
+        services.in_flight += 1
+        try:
+            return await self._call(body, tenant, headers, hints, worker)
+        finally:
+            services.in_flight -= 1
+
+    async def _call(
+        self, body: dict[str, Any], tenant: str, headers: Mapping[str, str], hints: Hints | None, worker: str | None
+    ) -> CallResult:
+        services = self._services
         route = _route(body)
         model = body.get("model")
-        if not isinstance(model, str) or not services.dispatcher.state.serving(model):
+        if not isinstance(model, str):
             raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
         ticket = self._llm.ticket(
             route,
@@ -71,7 +84,11 @@ class PlanPort:
         except BaseException:
             report(services, ticket, "error", Reply(), status=499)
             raise
-        answer = orjson.loads(content)
+        try:
+            answer = orjson.loads(content)
+        except orjson.JSONDecodeError:
+            report(services, ticket, "error", Reply(), status=served.status)
+            raise UpstreamFailed(f"the worker answered {served.status} with what is no JSON") from None
         if served.status >= 400:
             report(services, ticket, "error", Reply(), status=served.status)
         reply = read_reply(answer)
@@ -115,7 +132,7 @@ def plan_deps(services: Services, llm: LlmRoutes) -> PlanDeps:
             return None
         key = cache_key(tenant, str(body.get("model")), route, body)
         entry = await services.cache.get(key, services.wall())
-        return read_reply(orjson.loads(entry.body)).text if entry is not None else None
+        return reply_text(orjson.loads(entry.body)) if entry is not None else None
 
     def count(text: str, model: str) -> int:
         tokenizer = services.tokenizers.get(model)
@@ -133,6 +150,7 @@ def plan_deps(services: Services, llm: LlmRoutes) -> PlanDeps:
         next_run_seq=lambda: next(sequence),
         clock=services.clock,
         wall=services.wall,
+        draining=lambda: services.draining,
         tenant_of=lambda request: services.keyring.authenticate(dict(request.headers)).tenant,
     )
 

@@ -37,8 +37,8 @@ def phases(node: Mapping[str, Any], began: float) -> dict[str, float]:
     queued, ended = node["queued_at"], node["finished_at"]
     if queued is None or ended is None:
         return {}
-    started = node["started_at"] if node["started_at"] is not None else ended
     first = node["first_token_at"] if node["first_token_at"] is not None else ended
+    started = node["started_at"] if node["started_at"] is not None else first  # no worker had it
     spent = {
         "before": queued - began,
         "queue": started - queued,

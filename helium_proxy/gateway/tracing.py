@@ -105,6 +105,11 @@ def make_tracer(*, enabled: bool, service_name: str = "helium-proxy", endpoint: 
     return OtelTracer(provider)
 
 
+def run_name(tenant: str, run: str) -> str:
+    """A run's name among those of all tenants."""
+    return f"{tenant}/{run}" if tenant else run
+
+
 def run_ids(run: str) -> tuple[int, int]:
     """(trace id, root span id) of a run: the same in every process, never 0."""
     digest = hashlib.blake2b(run.encode(), digest_size=24, person=b"helium-run").digest()
@@ -137,7 +142,7 @@ class OtelTracer:
         self._clock = clock
         self._offset_ns = wall_ns() - int(clock() * 1e9)
         self._max_runs = max_runs
-        # -- state: run → its root span, oldest first
+        # -- state: run (`run_name`) → its root span, oldest first
         self._roots: OrderedDict[str, Span] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -169,21 +174,22 @@ class OtelTracer:
         return _Call(self, span)
 
     def _root(self, arrival: Arrival, start: int) -> Span:
-        root = self._roots.get(arrival.run)
+        name = run_name(arrival.tenant, arrival.run)
+        root = self._roots.get(name)
         if root is not None:
             return root
         while len(self._roots) >= self._max_runs:
             self._roots.popitem(last=False)[1].end()
         from opentelemetry.context import Context
 
-        with self._ids.fixed(*run_ids(arrival.run)):
+        with self._ids.fixed(*run_ids(name)):
             root = self._tracer.start_span(
                 f"run {arrival.workflow}",
                 Context(),
                 start_time=start,
                 attributes={"helium.run": arrival.run, "helium.workflow": arrival.workflow},
             )
-        self._roots[arrival.run] = root
+        self._roots[name] = root
         return root
 
     def end_run(self, run: str) -> None:

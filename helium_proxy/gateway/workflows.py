@@ -22,8 +22,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-from helium_proxy.errors import DeadlineExceeded, InvalidRequest
+from helium_proxy.errors import DeadlineExceeded, Draining, InvalidRequest
 from helium_proxy.gateway.batches import batch_routes, body_of, json_response, parse_json
+from helium_proxy.gateway.http import while_connected
 from helium_proxy.planner.batch import Batches
 from helium_proxy.planner.execute import CallPort, CallResult
 from helium_proxy.planner.explain import Actual, explain_json, explain_text
@@ -41,6 +42,13 @@ class PlanDeps(PlannerDeps):
 
     tenant_of: Callable[[Request], str] = _one_tenant
     """The caller's tenant. Raises `Unauthorized`."""
+    draining: Callable[[], bool] = bool
+    """Whether no new work is taken."""
+
+    def check_open(self) -> None:
+        """Raises `Draining` once the proxy is to end."""
+        if self.draining():
+            raise Draining("the proxy is shutting down", retry_after=1)
 
     @cached_property
     def jobs(self) -> JobStore:
@@ -123,6 +131,7 @@ def workflow_routes(deps: PlanDeps) -> APIRouter:
 
     async def submitted(request: Request) -> tuple[str, Any]:
         tenant = deps.tenant_of(request)
+        deps.check_open()
         return tenant, parse_json(await body_of(request, settings.max_body_bytes))
 
     def job_of(request: Request, id_: str) -> Job:
@@ -147,7 +156,7 @@ def workflow_routes(deps: PlanDeps) -> APIRouter:
         job = await deps.jobs.submit(tenant, raw)
         try:
             async with asyncio.timeout(settings.analyze_timeout_s):
-                await job.done.wait()
+                await while_connected(request.scope, request.receive, job.done.wait)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"workflow {job.id} did not end within {settings.analyze_timeout_s:g} s and was cancelled"
@@ -188,7 +197,7 @@ def workflow_routes(deps: PlanDeps) -> APIRouter:
         await deps.jobs.cancel(job)
         return json_response(job.view())
 
-    router.include_router(batch_routes(deps.batches, deps.tenant_of))
+    router.include_router(batch_routes(deps.batches, deps.tenant_of, deps.check_open))
     return router
 
 

@@ -295,22 +295,24 @@ class Batches:
             log.exception("batch.failed", batch=batch.id)
             batch.errors = [LineError(0, "internal error", code="internal_error")]
             self._turn(batch, "failed")
+        finally:
+            if batch.status in _ENDED:  # the files hold the results from here on
+                batch.job = None
+                batch.custom_ids = []
 
     async def _finalize(self, batch: Batch, job: Job) -> None:
         cancelled = batch.status == "cancelling"
         if not cancelled:
             self._turn(batch, "finalizing")
         good, bad = await asyncio.to_thread(result_lines, batch.custom_ids, job)
-        if good:
-            stored = await self.files.put(batch.tenant, f"{batch.id}_output.jsonl", "batch_output", good)
-            batch.output_file_id = stored.id
-        if bad:
-            stored = await self.files.put(batch.tenant, f"{batch.id}_error.jsonl", "batch_output", bad)
-            batch.error_file_id = stored.id
         states = [row.state for row in job.run.rows]
         batch.counts = (len(states), states.count("completed"), states.count("failed"))
-        batch.job = None  # the files hold the results from here on
-        batch.custom_ids = []
+        if good:
+            stored = await self.files.put(batch.tenant, f"{batch.id}_output.jsonl", "batch_output", good, own=True)
+            batch.output_file_id = stored.id
+        if bad:
+            stored = await self.files.put(batch.tenant, f"{batch.id}_error.jsonl", "batch_output", bad, own=True)
+            batch.error_file_id = stored.id
         self._turn(batch, "cancelled" if cancelled else "completed")
 
     async def cancel(self, batch: Batch) -> None:

@@ -35,6 +35,12 @@ OperatorState = Literal["waiting", "running", "done", "failed", "skipped", "canc
 RowState = Literal["running", "completed", "failed", "cancelled"]
 
 
+_REGAINED = 2
+"""Calls that may be started for each that has ended, after the queue refused one."""
+_MOST_PARENTS, _LONGEST_NAME = 64, 128
+"""What the tags of a call may have (`workflow.max_parents`, `workflow.max_tag_chars` by default)."""
+
+
 @dataclass(slots=True)
 class OperatorRun:
     """One operator's progress. Times in seconds on the run's clock."""
@@ -113,6 +119,7 @@ class JobRun:
         self._ready: list[tuple[int, int]] = []  # heap of (rank, operator)
         self._tasks: dict[asyncio.Task[CallResult], int] = {}
         self._full = False  # the queue refused a call; start no more until one has ended
+        self._window: int | None = None  # calls that may be started since then; None: any number
         self._refusals = 0  # in a row, with nothing in flight
         self._done: asyncio.Queue[asyncio.Task[CallResult]] = asyncio.Queue()
         self._wanted: dict[int, list[tuple[int, str]]] = {}  # operator → (row, output node)
@@ -173,7 +180,7 @@ class JobRun:
                     if not self._full:
                         break
                     await asyncio.sleep(self.settings.refused_wait_s)
-                    self._full = False
+                    self._full, self._window = False, 1
                     continue
                 self._settle(await self._done.get())
                 while not self._done.empty():
@@ -199,6 +206,10 @@ class JobRun:
 
     def _start_ready(self) -> None:
         while self._ready and not self._full and len(self._tasks) < self.settings.max_in_flight:
+            if self._window is not None:
+                if not self._window:
+                    return
+                self._window -= 1
             _, id_ = heapq.heappop(self._ready)
             operator = self.plan.graph.operators[id_]
             settings, plan = self.settings, self.plan
@@ -216,30 +227,34 @@ class JobRun:
             self._turn(id_, "running")
             self.operators[id_].started = self.clock()
             self._event("operator", {"operator": operator.name, "state": "running"})
+        if not self._ready:
+            self._window = None  # all that could be started has been, and none was refused
 
     def _headers(self, operator: Operator) -> dict[str, str]:
         """The tags of live traffic, so that a plan's calls appear as runs of their workflow."""
-        parents = [self._replies[dep] for dep in operator.deps if dep in self._replies]
+        parents = [self._replies[dep] for dep in operator.deps if dep in self._replies][:_MOST_PARENTS]
         headers = {
-            "x-helium-workflow": self.plan.graph.workflow,
+            "x-helium-workflow": self.plan.graph.workflow[:_LONGEST_NAME],
             "x-helium-run": f"{self.job}/{operator.row}",
             "x-helium-node": operator.template.node,
             "x-helium-parents": ",".join(parents),
         }
         if not self._consumers[operator.id] and len(self.plan.graph.outputs[operator.row]) == 1:
             headers["x-helium-final"] = "true"
-        return {name: value.encode("ascii", "replace").decode() for name, value in headers.items()}
+        return headers
 
     def _settle(self, task: asyncio.Task[CallResult]) -> None:
         id_ = self._tasks.pop(task)
         if self._refused(task):
-            self._full = True
+            self._full, self._window = True, 0
             self._refusals += not self._tasks
             if self._refusals <= self.settings.max_refusals:
                 self._turn(id_, "waiting")
                 heapq.heappush(self._ready, (self.plan.rank[id_], id_))
                 return
         self._full, self._refusals = False, 0
+        if self._window is not None:
+            self._window += _REGAINED
         try:
             result = task.result()
             if result.status >= 400:

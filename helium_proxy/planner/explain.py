@@ -11,6 +11,9 @@ from helium_proxy.planner.graph import Mark
 from helium_proxy.planner.pipeline import PhysicalPlan
 from helium_proxy.planner.trie import TrieNode
 
+_DEEPEST = 100
+"""Levels of the prefix tree that are shown: JSON encoders and readers have a limit of their own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Actual:
@@ -134,6 +137,9 @@ def _tree_json(plan: PhysicalPlan) -> list[dict[str, Any]]:
     stack: list[dict[str, Any]] = []
     names = {id(root): model for model, root in plan.tree.roots.items()}
     for level, node in plan.tree.walk():
+        if level > _DEEPEST:
+            stack[_DEEPEST]["deeper"] = stack[_DEEPEST].get("deeper", 0) + 1
+            continue
         entry: dict[str, Any] = {"tokens": round(node.tokens), "operators_below": below[node]}
         if node.operator is not None:
             entry["operator"] = plan.graph.operators[node.operator].name

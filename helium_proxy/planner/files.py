@@ -96,10 +96,11 @@ class FileStore:
         for id_ in [id_ for id_, file in self._files.items() if file.expires_at <= now]:
             self._drop(id_)
 
-    async def put(self, tenant: str, filename: str, purpose: str, content: bytes) -> StoredFile:
-        """Keep a file. Raises `BodyTooLarge`, or `QueueFull` when no room is left."""
+    async def put(self, tenant: str, filename: str, purpose: str, content: bytes, *, own: bool = False) -> StoredFile:
+        """Keep a file; one of our `own` may be larger than an upload. Raises `BodyTooLarge`, or `QueueFull` when no
+        room is left."""
         settings = self.settings
-        if len(content) > settings.max_file_bytes:
+        if len(content) > settings.max_file_bytes and not own:
             raise BodyTooLarge(f"the file has {len(content):,} bytes: at most {settings.max_file_bytes:,} are taken")
         self.expire()
         now = self.statistics()

@@ -279,8 +279,7 @@ def classes(graph: OperatorGraph) -> dict[int, int]:
     Texts are compared only where everything but the texts, and their total length, is equal.
     """
     found: dict[int, int] = {}
-    buckets: dict[object, list[int]] = {}
-    joined: dict[int, tuple[Element, ...]] = {}
+    buckets: dict[object, int | dict[tuple[Element, ...], int]] = {}  # a lone operator, or several by their prompts
 
     def prompt_of(operator: Operator) -> tuple[Element, ...]:
         return _join([found[part] if isinstance(part, int) else part for part in operator.prompt()])
@@ -292,17 +291,13 @@ def classes(graph: OperatorGraph) -> dict[int, int]:
             continue
         size = template.static_chars + sum([len(values[name]) for name in template.columns])
         shape = tuple([part if isinstance(part, Mark) else found[bindings[part.name]] for part in template.skeleton])
-        bucket = buckets.setdefault((template.head, size, shape), [])
-        if bucket:
-            joined[operator.id] = prompt_of(operator)
-        for other in bucket:
-            if other not in joined:
-                joined[other] = prompt_of(graph.operators[other])
-            if joined[other] == joined[operator.id]:
-                found[operator.id] = other
-                break
-        else:
-            bucket.append(operator.id)
+        key = (template.head, size, shape)
+        bucket = buckets.setdefault(key, operator.id)
+        if isinstance(bucket, int):
+            if bucket == operator.id:
+                continue
+            bucket = buckets[key] = {prompt_of(graph.operators[bucket]): bucket}
+        found[operator.id] = bucket.setdefault(prompt_of(operator), operator.id)
     return found
 
 

@@ -282,7 +282,7 @@ class JobStore:
 
     async def cancel(self, job: Job) -> None:
         """Stop a job and wait until its calls have ended; a finished one stays as it is."""
-        if job.task is not None and not job.task.done():
+        if job.task is not None and not job.task.cancelling():  # a second time would cut the wait for its calls
             job.task.cancel()
         await job.done.wait()
 
@@ -290,7 +290,7 @@ class JobStore:
         """Cancel everything that runs and refuse what comes."""
         self._closed = True
         for job in list(self._jobs.values()):
-            if job.task is not None:
+            if job.task is not None and not job.task.cancelling():
                 job.task.cancel()
         for job in list(self._jobs.values()):
             await job.done.wait()

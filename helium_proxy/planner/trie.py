@@ -12,7 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from helium_proxy.errors import InvalidRequest
 from helium_proxy.planner.graph import Element, Mark, Operator, OperatorGraph
+
+_MOST_STEPS = 20_000_000
+"""Nodes visited while the tree is built: prompts that are prefixes of one another make that quadratic."""
 
 Count = Callable[[str, str], int]
 """(text, model) → tokens."""
@@ -98,12 +102,14 @@ def common_prefix(one: str, other: str) -> int:
     return low if one[low : low + 1] != other[low : low + 1] else low + 1
 
 
-def _insert(root: TrieNode, operator: Operator) -> None:
+def _insert(root: TrieNode, operator: Operator) -> int:
     """Walk down the operator's prompt and its own output, adding what is missing; `at` is how far into the node's
-    text the walk has come, since a text may end where another one goes on."""
+    text the walk has come, since a text may end where another one goes on. Returns the steps it took."""
     node, at = root, 0
     edge = ""
+    steps = 0
     for element in (*operator.prompt(), operator.id):
+        steps += 1
         if not isinstance(element, str):
             if at < len(edge):
                 node = _split(node, edge, at)
@@ -114,6 +120,7 @@ def _insert(root: TrieNode, operator: Operator) -> None:
             continue
         text = element
         while text:
+            steps += 1
             if at == len(edge):
                 child = node.children.get(text[0])
                 if child is None:
@@ -133,6 +140,7 @@ def _insert(root: TrieNode, operator: Operator) -> None:
             node = _split(node, edge, at + shared)
             edge, at, text = "", 0, text[shared:]
     node.operator = operator.id
+    return steps
 
 
 def _split(node: TrieNode, edge: str, at: int) -> TrieNode:
@@ -191,12 +199,15 @@ def build_trie(
     """The tree over the operators of `graph` still to be computed. `count` is called once per distinct text."""
     lengths = expected_lengths(graph, default_output, profile)
     roots: dict[str, TrieNode] = {}
+    steps = 0
     for id_ in lengths:
         operator = graph.operators[id_]
         root = roots.get(operator.template.model)
         if root is None:
             roots[operator.template.model] = root = TrieNode(None, ())
-        _insert(root, operator)
+        steps += _insert(root, operator)
+        if steps > _MOST_STEPS:
+            raise InvalidRequest("too many prompts that begin with one another", param="nodes")
     counted: dict[tuple[str, str], int] = {}
 
     def tokens_of(element: Element, model: str) -> float:
@@ -223,6 +234,9 @@ def build_trie(
             node.tokens = sum(tokens_of(element, model) for element in node.segment)
             node.depth = node.tokens + (above[-1].depth if above else 0.0)
             path = (*above, node)
+            steps += len(path)
+            if steps > _MOST_STEPS:
+                raise InvalidRequest("too many prompts that begin with one another", param="nodes")
             if node.operator is not None:
                 paths[node.operator] = path
             stack.extend((child, path) for child in node.children.values())

@@ -177,6 +177,8 @@ class _Held:
     expires: float
     sure: bool = False
     """The engine has not said otherwise."""
+    before: _Held | None = None
+    """What the engine holds as long as it is not."""
 
 
 class PinBook:
@@ -211,7 +213,8 @@ class PinBook:
             return None
         if held is not None and held.expires - now > self._ttl_s / 2 and held.chain == pin.chain:
             return None
-        self._held[name] = _Held(pin.chain, now + self._ttl_s)  # so that its siblings do not ask, too
+        before = held if held is None or held.sure else held.before
+        self._held[name] = _Held(pin.chain, now + self._ttl_s, before=before)  # so that its siblings do not ask, too
         return {"pin": name, "tokens": len(pin.chain) * block_size, "ttl_s": self._ttl_s, "worth": pin.worth}
 
     def obeyed(self, name: str) -> Chain | None:
@@ -219,18 +222,22 @@ class PinBook:
         held = self._held.get(name)
         if held is None:
             return None
-        held.sure = True
+        held.sure, held.before = True, None
         return held.chain
 
     def refused(self, name: str, now: float) -> None:
         """The engine has not; it is asked again after a while."""
-        self._held.pop(name, None)
+        self.forget(name)
         self._refused[name] = now + self._ttl_s / 10
 
     def forget(self, name: str) -> None:
-        """The call that carried the directive failed: nothing is known."""
+        """The call that carried the directive failed: the engine holds what it held before, until that lapses."""
         held = self._held.get(name)
-        if held is not None and not held.sure:
+        if held is None or held.sure:
+            return
+        if held.before is not None:
+            self._held[name] = held.before
+        else:
             del self._held[name]
 
     def renewals(self, now: float) -> list[Pin]:

@@ -7,6 +7,7 @@ One task a worker: it asks `/health`, then learns models, block size, capacity a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -81,6 +82,7 @@ class Pool:
         worker = Worker(spec, self._settings)
         self._workers[worker.id] = worker
         self._prodded[worker.id] = asyncio.Event()
+        self._show(worker, Facts())
         self._tasks[worker.id] = asyncio.create_task(self._watch(worker), name=f"watch {worker.id}")
         log.info("worker added", worker=worker.id)
         return worker
@@ -182,6 +184,7 @@ class Pool:
                 before, worker.facts = worker.facts, read_models(worker.facts, orjson.loads(body))
                 models_due = now + settings.models_interval_s
                 if worker.state == "up" and _differs(before, worker.facts):
+                    self._show(worker, before)
                     self._on_change(worker)
         except (SendFailed, ValueError) as error:
             worker.failed_checks += 1
@@ -228,10 +231,18 @@ class Pool:
             return
         log.info("worker state", worker=worker.id, state=state, was=worker.state, error=worker.last_error)
         worker.state = state
-        for model in worker.facts.models:
-            up = 1 if state == "up" else 0
-            metrics.WORKER_UP.labels(worker.id, metrics.bounded("model", model.id)).set(up)
+        self._show(worker, Facts())
         self._on_change(worker)
+
+    def _show(self, worker: Worker, before: Facts) -> None:
+        """Its state as a metric of each of its models, or of none while none is known; `before`: models it had."""
+        gone = {m.id for m in before.models} - {m.id for m in worker.facts.models}
+        for model in [*gone, *([""] if worker.facts.models else [])]:
+            with contextlib.suppress(KeyError):
+                metrics.WORKER_UP.remove(worker.id, metrics.bounded("model", model) if model else "")
+        for name in [m.id for m in worker.facts.models] or [""]:
+            label = metrics.bounded("model", name) if name else ""
+            metrics.WORKER_UP.labels(worker.id, label).set(1 if worker.state == "up" else 0)
 
 
 def _differs(before: Facts, after: Facts) -> bool:

@@ -76,6 +76,7 @@ class _Search:
         self.shared: list[tuple[int, int, tuple[Text, ...]]] = []  # unit, size, the texts that share it
         self.exact: list[Text] = []
         self.found: dict[int, int] = {}  # units of the messages that have hits
+        self.said: dict[int, set[int]] = {}  # units of the assistant's messages from this position on
 
     def prefix(self) -> int:
         """Find the longest earlier prompt and reply that this prompt begins with; returns the first message
@@ -109,7 +110,10 @@ class _Search:
             return alone and not made
         if any(message.key == reply.text.key for message in block):
             return True
-        found = {unit for at in range(start, end) for unit in units(text_of(self.prompt.raw[at])[:16_384])}
+        found = self.said.get(start)
+        if found is None:  # once, however many replies there are to compare it with
+            texts = (text_of(self.prompt.raw[at])[:16_384] for at in range(start, end))
+            found = self.said[start] = {unit for text in texts for unit in units(text)}
         return not found.isdisjoint(reply.text.units)
 
     def tool_results(self, start: int) -> None:

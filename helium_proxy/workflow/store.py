@@ -125,7 +125,7 @@ class SqliteTemplateStore:
                         db.execute("DELETE FROM templates WHERE key = ?", (key,))
                     else:
                         db.execute("INSERT OR REPLACE INTO templates VALUES (?, ?, ?)", (key, blob, time.time()))
-            except (sqlite3.Error, OSError) as error:
+            except Exception as error:  # whatever it is, the next one is written all the same
                 self.errors += 1
                 _log.warning("template %r was not saved: %s", key, error)
         if db is not None:

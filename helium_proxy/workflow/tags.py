@@ -28,7 +28,7 @@ HEADERS: dict[str, str] = {f"x-helium-{name.replace('_', '-')}": name for name i
 """Header name → field."""
 _INTERESTING = frozenset({*HEADERS, *native_headers.KNOWN, "baggage", "traceparent"})
 _BAGGAGE = {f"helium.{name}": name for name in FIELDS}
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and lone surrogates, which nothing can encode
 _MAX_DEADLINE_MS = 7 * 86_400_000.0
 _INT32 = 2**31
 

@@ -126,7 +126,10 @@ class Templates:
             del self._dirty[key]
             template = self._templates[key]
             template.saved_version = template.version
-            self._store.save(key, template.dump())
+            try:
+                self._store.save(key, template.dump())
+            except Exception:
+                _log.exception("template %r was not saved", key)
         return len(due)
 
     def close(self) -> None:

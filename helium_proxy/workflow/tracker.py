@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from helium_proxy.errors import InvalidRequest
-from helium_proxy.types import Arrival, CallRequest, Hints, Outcome
+from helium_proxy.types import Arrival, CallRequest, Outcome
 from helium_proxy.workflow import export, tags
 from helium_proxy.workflow.forecast import Forecast, Prediction, fill
 from helium_proxy.workflow.graph import Call, Run
@@ -137,7 +137,7 @@ class Workflows:
         except Exception:
             self._counts["failures"] += 1
             _log.exception("call %s could not be placed in a run", request.id)
-            return Arrival(request.id, run=request.id, workflow="", node="call", template="", hints=Hints())
+            return Arrival(request.id, request.id, workflow="", node="call", template="", tenant=request.tenant)
 
     def _arrive(self, request: CallRequest, now: float) -> Arrival:
         read = tags.read(request.body, request.headers, self.settings)
@@ -177,7 +177,7 @@ class Workflows:
             priority=read.priority,
             deadline_s=read.deadline_s,
         )
-        return Arrival(call.id, run.id, run.workflow, call.node, run.template, hints)
+        return Arrival(call.id, run.id, run.workflow, call.node, run.template, hints, tenant=run.tenant)
 
     def _retried(self, request: CallRequest, key: tuple[Any, ...], now: float) -> Arrival | None:
         """The arrival of a retry: the same call once more. `key`: its prompt (tenant and model in it) and tags."""
@@ -199,7 +199,9 @@ class Workflows:
             self._runs.touch(run, now)
         forecast = self._forecast(run, now)
         hints = fill(forecast, original, siblings=1, output_tokens=None, priority=None, deadline_s=None)
-        return Arrival(original.id, run.id, run.workflow, original.node, run.template, hints, retry=True)
+        return Arrival(
+            original.id, run.id, run.workflow, original.node, run.template, hints, retry=True, tenant=run.tenant
+        )
 
     def _tenant(self, name: str) -> _Tenant:
         tenant = self._tenants.get(name)
@@ -217,8 +219,9 @@ class Workflows:
     def _forgetting(self, run: Run) -> None:
         """Nothing can be linked to a forgotten run's calls, but their replies would hold them and it."""
         tenant = self._tenants.get(run.tenant)
-        if tenant is not None:
-            for call in run.calls:
+        for call in run.calls:
+            self._pending.pop(call, None)
+            if tenant is not None:
                 tenant.replies.forget(call)
 
     def _previous(self, tenant: _Tenant, prompt: Prompt, home: Run | None, links: list[Link]) -> list[Link]:
@@ -360,15 +363,17 @@ class Workflows:
             _log.exception("no prompt of what follows call %s", call)
             return None
 
-    def remaining(self, run_id: str, now: float) -> dict[tuple[str, int], int]:
+    def remaining(self, run_id: str, now: float, tenant: str | None = None) -> dict[tuple[str, int], int]:
         """(node, iteration) → calls that a live run is still expected to make."""
-        run = self._runs.find(run_id)
+        run = self._runs.find(run_id, tenant)
         forecast = None if run is None or run.state != "live" else self._forecast(run, now)
         return {} if run is None or forecast is None else forecast.remaining(run)
 
-    def lengths(self, run_id: str, node: str, iteration: int, now: float) -> tuple[float | None, float | None]:
+    def lengths(
+        self, run_id: str, node: str, iteration: int, now: float, tenant: str | None = None
+    ) -> tuple[float | None, float | None]:
         """Expected prompt and output tokens of one call that a run is still expected to make."""
-        run = self._runs.find(run_id)
+        run = self._runs.find(run_id, tenant)
         forecast = None if run is None else self._forecast(run, now)
         return (None, None) if forecast is None else forecast.lengths((node, iteration))
 

@@ -90,7 +90,7 @@ async def test_only_operators_use_the_operator_s_routes(stack: Stack) -> None:
         ("GET", "/helium/cache"),
         ("GET", "/helium/statistics"),
     ):
-        assert await status(method, path, "sk-one", json={}) == 401, path
+        assert await status(method, path, "sk-one", json={}) == 403, path
         assert await status(method, path, "sk-admin", json={}) in (200, 400, 404), path
 
 
@@ -184,3 +184,25 @@ def test_a_bad_keys_file_is_named_and_not_quoted(tmp_path: Path, text: str) -> N
 def test_a_missing_keys_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="keys_file"):
         Keyring(AuthSettings(keys_file=tmp_path / "none.yaml"))
+
+
+async def test_what_is_expected_of_a_run_is_its_tenant_s_own(stack: Stack) -> None:
+    """Two tenants may use one run id, and each sees what its own template says of its own run."""
+    proxy = await stack.proxy(await stack.engine(), auth={"keys": KEYS}, workflow={"template_refresh_s": 0})
+
+    async def call(key: str, run: str, node: str, parents: list[str]) -> None:
+        tags = {"workflow": "w", "run": run, "node": node, "parents": parents}
+        body = chat(f"{node} of {run}", max_tokens=2, helium=tags)
+        assert (await proxy.client.post(CHAT, json=body, headers=bearer(key))).status_code == 200
+
+    for number in range(4):
+        await call("sk-two", f"r{number}", "theirs", [])
+        await call("sk-two", f"r{number}", "their-next", ["theirs"])
+        await proxy.client.delete(f"/helium/runs/r{number}", headers=bearer("sk-two"))
+    await call("sk-one", "team/1", "mine", [])
+    await call("sk-two", "team/1", "theirs", [])
+    found = {}
+    for key in ("sk-one", "sk-two"):
+        response = await proxy.client.get("/helium/runs/team%2F1", headers=bearer(key))
+        found[key] = {call["node"] for call in response.json()["expected"]}
+    assert found == {"sk-one": set(), "sk-two": {"their-next"}}

@@ -231,3 +231,18 @@ async def test_a_lost_probe_does_not_keep_the_breaker_open(stack: Stack) -> None
     async with asyncio.timeout(3):
         assert (await proxy.chat("after")).status_code == 200
     assert watched.breaker.state(proxy.services.clock()) == "closed"
+
+
+async def test_a_plan_s_call_that_gets_no_json_has_failed_upstream(stack: Stack) -> None:
+    async def page(seen: Seen) -> None:
+        await seen.start(502, "text/html")
+        await seen.write(b"<html>Bad gateway</html>", more=False)
+
+    proxy = await stack.proxy(await stack.fake(always=page), pool={"max_attempts": 1})
+    node = {"id": "a", "messages": [{"role": "user", "content": "x"}]}
+    plan = {"workflow": "w", "model": "demo", "nodes": [node]}
+    job = (await proxy.client.post("/v1/workflows", json=plan)).json()
+    done = (await proxy.client.get(f"/v1/workflows/{job['id']}", params={"wait_s": 5})).json()
+    assert done["status"] == "failed"
+    assert done["results"][0]["errors"]["a"]["code"] == "upstream_error"
+    assert not proxy.services.workflows._pending

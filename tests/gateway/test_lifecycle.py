@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 import yaml
 from click.testing import CliRunner
-from serving import CHAT, SLOW, FakeWorker, Seen, Stack, chat, http_client, many_client, until
+from serving import CHAT, SLOW, FakeWorker, Seen, Stack, answer, chat, http_client, many_client, until
 
 from helium_proxy.cli import main
 
@@ -232,3 +232,28 @@ def test_version() -> None:
     status, said = cli("version")
     assert status == 0
     assert said.startswith("helium-proxy ")
+
+
+async def test_plans_end_with_the_proxy(stack: Stack) -> None:
+    """While it drains, no job begins, and a job's calls in flight count as requests do."""
+    opened = asyncio.Event()
+
+    async def wait(seen: Seen) -> None:
+        await opened.wait()
+        await answer(seen)
+
+    worker = await stack.fake(always=wait)
+    proxy = await stack.proxy(worker)
+    node = {"id": "a", "messages": [{"role": "user", "content": "{{inputs.q}}"}]}
+    plan = {"workflow": "w", "model": "demo", "nodes": [node], "inputs": [{"q": "1"}]}
+    job = (await proxy.client.post("/v1/workflows", json=plan)).json()
+    await until(lambda: worker.seen)
+    assert proxy.services.in_flight == 1
+    proxy.services.draining = True
+    for path, body in (("/v1/workflows", plan), ("/v1/batches", {})):
+        refused = await proxy.client.post(path, json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining"), path
+    opened.set()
+    await until(lambda: proxy.services.in_flight == 0)
+    done = (await proxy.client.get(f"/v1/workflows/{job['id']}", params={"wait_s": 5})).json()
+    assert done["status"] == "completed"

@@ -131,3 +131,22 @@ async def test_a_silent_worker_is_given_up(stack: Stack) -> None:
     response = await proxy.chat()
     assert response.status_code == 502
     assert response.json()["error"]["code"] == "upstream_error"
+
+
+async def test_a_submitted_plan_adds_nothing_to_a_full_queue(stack: Stack) -> None:
+    """Its calls are refused before anything is noted of them: they are tried again, maybe many times."""
+    worker = await stack.fake(always=hang)
+    proxy = await stack.proxy(worker, dispatch={"max_queue": 1, "default_running": 1}, reuse={"coalesce": False})
+    live = [asyncio.create_task(proxy.chat("0"))]
+    await until(lambda: worker.inside == 1)
+    live.append(asyncio.create_task(proxy.chat("1")))
+    await until(lambda: proxy.services.dispatcher.statistics().queued == 1)
+    node = {"id": "a", "messages": [{"role": "user", "content": "{{inputs.q}}"}]}
+    plan = {"workflow": "w", "model": "demo", "nodes": [node], "inputs": [{"q": "1"}, {"q": "2"}]}
+    job = (await proxy.client.post("/v1/workflows", json=plan)).json()
+    await asyncio.sleep(0.2)
+    assert proxy.services.workflows.statistics().calls == 2
+    await proxy.client.delete(f"/v1/workflows/{job['id']}")
+    for task in live:
+        task.cancel()
+    await asyncio.gather(*live, return_exceptions=True)

@@ -6,6 +6,8 @@ import asyncio
 
 from serving import CHAT, Seen, Stack, chat, until
 
+from helium_proxy import metrics
+
 
 async def test_workers_are_added_and_removed_at_run_time(stack: Stack) -> None:
     first, second = await stack.fake(), await stack.fake()
@@ -158,3 +160,22 @@ async def test_workers_that_come_and_go_leave_no_series_behind(stack: Stack) -> 
         await proxy.client.delete(f"/helium/workers/{name}")
         await asyncio.sleep(0)
         assert name not in (await proxy.client.get("/metrics")).text
+
+
+async def test_a_worker_that_never_came_up_is_seen_to_be_down(stack: Stack) -> None:
+    def shown(worker: str) -> dict[str, float]:
+        samples = (s for family in metrics.WORKER_UP.collect() for s in family.samples)
+        return {s.labels["model"]: s.value for s in samples if s.labels["worker"] == worker}
+
+    worker = await stack.fake("one")
+    worker.health = 503
+    proxy = await stack.proxy(engine={"count": 0}, pool={"models_interval_s": 0.05, "health_interval_s": 0.05})
+    added = await proxy.client.post("/helium/workers", json={"url": worker.url})
+    name = added.json()["id"]
+    assert shown(name) == {"": 0.0}
+    worker.health = 200
+    await until(lambda: shown(name) == {"one": 1.0})
+    worker.models = ("two",)
+    await until(lambda: shown(name) == {"two": 1.0})
+    await proxy.client.delete(f"/helium/workers/{name}")
+    assert shown(name) == {}

@@ -137,7 +137,7 @@ def fake(folder: Path, name: str, script: str) -> None:
     [("10.0.0.11", 1, "0"), ("10.0.0.13", 1, "2"), ("10.0.0.11", 2, "0,1"), ("10.0.0.13", 4, "8,9,10,11")],
 )
 def test_each_worker_takes_gpus_of_its_own(tmp_path: Path, address: str, gpus: int, devices: str) -> None:
-    fake(tmp_path, "hostname", f'echo "{address} fe80::1"')
+    fake(tmp_path, "hostname", f'echo "{address} fe80::1 "')  # as on Debian: a space at the end
     fake(tmp_path, "getent", 'case "$2" in *-[123]) echo "10.0.0.1${2##*-} $2";; *) exit 2;; esac')
     fake(tmp_path, "vllm", 'echo "$CUDA_VISIBLE_DEVICES"; echo "$PYTHONPATH"; for a in "$@"; do echo "$a"; done')
     environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "WORKERS": "4", "WORKER_HOST": "helium-worker", "MODEL": "m/m",

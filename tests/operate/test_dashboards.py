@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+import helium_proxy
 from helium_proxy import metrics
 
 from .compose import DOCKER, ROOT
@@ -110,3 +111,12 @@ def test_provisioning_names_what_compose_mounts() -> None:
     source = yaml.safe_load((folder / "datasources" / "prometheus.yaml").read_text())["datasources"][0]
     assert provider["options"]["path"] in grafana
     assert source["url"] == "http://prometheus:9090"
+
+
+def test_every_room_that_can_fail_starts_at_none() -> None:
+    """`HeliumFailOpen` sees a first failure only where the counter was there before."""
+    source = "".join(path.read_text() for path in Path(helium_proxy.__file__).parent.rglob("*.py"))
+    named = set(re.findall(r'(?:FAIL_OPEN\.labels|failing_open)\("(\w+)"\)', source))
+    started = {sample.labels["room"] for family in metrics.FAIL_OPEN.collect() for sample in family.samples}
+    assert len(named) >= 6
+    assert named <= started

@@ -182,7 +182,7 @@ async def test_through_the_proxy_a_call_is_traced_and_the_worker_gets_its_header
     await until(lambda: "run trading" in traced.spans(), what="the run's end")
     spans = traced.spans()
     assert set(spans) == {"run trading", "call bull", "plan", "queue", "upstream"}
-    assert sent.split("-")[1:3] == [f"{run_ids('e2e')[0]:032x}", f"{spans['call bull'].context.span_id:016x}"]
+    assert sent.split("-")[1:3] == [f"{run_ids('default/e2e')[0]:032x}", f"{spans['call bull'].context.span_id:016x}"]
     parts = [spans[name] for name in ("plan", "queue", "upstream")]
     assert [part.start_time for part in parts] == sorted(part.start_time for part in parts)
     assert spans["call bull"].start_time <= parts[0].start_time

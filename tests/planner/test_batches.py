@@ -317,3 +317,12 @@ async def test_files_on_disk_survive_a_restart(tmp_path: Path) -> None:
     (tmp_path / kept.id).unlink()
     with pytest.raises(NotFound):
         await again.content("t", kept.id)
+
+
+async def test_results_may_be_larger_than_an_upload(sites: Any) -> None:
+    site = sites(FakePort(lambda seen: "x" * 3_000), max_file_bytes=2_000)
+    batch = await ended(site, await batch_of(site, *(line(str(i)) for i in range(4))))
+    assert batch["status"] == "completed"
+    assert len(await lines_of(site, batch["output_file_id"])) == 4
+    found = site.deps.batches.get("t", batch["id"])
+    assert (found.job, found.custom_ids) == (None, [])

@@ -195,6 +195,26 @@ async def test_a_full_queue_is_waited_for(raised: bool) -> None:
     assert run.statistics().operators == {"done": 24}
 
 
+async def test_a_full_queue_is_not_stormed() -> None:
+    """A job of many calls tries again about as often as its calls end, not all of them each time."""
+    ended = 0
+
+    def reply(seen: Seen) -> str:
+        nonlocal ended
+        if port.running > 2:  # besides this one
+            raise QueueFull("full")
+        ended += 1
+        return "yes"
+
+    port = FakePort(reply)
+    nodes = [{"id": "a", "messages": [{"role": "user", "content": "{{inputs.q}}"}]}]
+    raw = {"workflow": "w", "model": "m", "nodes": nodes, "inputs": [{"q": str(i)} for i in range(300)]}
+    run = run_of(port, raw, refused_wait_s=0.001)
+    await run.run()
+    assert {row.state for row in run.rows} == {"completed"}
+    assert len(port.seen) < 5 * 300
+
+
 async def test_a_queue_that_stays_full_fails_the_operator_in_the_end() -> None:
     asked = []
 

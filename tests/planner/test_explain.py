@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import orjson
+
 from helium_proxy.planner.cost import PlanWorker
 from helium_proxy.planner.explain import Actual, explain_json, explain_text
 from helium_proxy.planner.pipeline import PhysicalPlan, Planning, make_physical
@@ -121,3 +123,11 @@ def test_long_plans_are_cut() -> None:
     text = explain_text(make_physical(parse_plan(raw), Planning()), max_lines=20)
     assert len(text.splitlines()) < 60
     assert "… 280 more" in text
+
+
+def test_a_tree_too_deep_for_json_is_cut() -> None:
+    nodes = [{"id": f"n{i}", "prompt": "ab" * (i + 1)} for i in range(300)]
+    raw = {"workflow": "deep", "model": "demo", "nodes": nodes, "outputs": ["n299", *(f"n{i}" for i in range(299))]}
+    plan = make_physical(parse_plan(raw), Planning())
+    text = orjson.dumps(explain_json(plan))
+    assert b'"deeper":' in text

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helium_proxy.errors import InvalidRequest
+from helium_proxy.planner import trie
 from helium_proxy.planner.graph import OperatorGraph, expand
 from helium_proxy.planner.plan import parse_plan
 from helium_proxy.planner.settings import PlanSettings
@@ -132,3 +135,12 @@ def test_long_chains_need_no_recursion() -> None:
     messages = [{"role": "user", "content": f"{i}{{{{inputs.q}}}}"} for i in range(5_000)]
     tree = tree_of({"id": "a", "messages": messages}, inputs=[{"q": "x"}, {"q": "y"}])
     assert len(tree.nodes) == 6
+
+
+def test_prompts_that_begin_with_one_another_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trie, "_MOST_STEPS", 2_000)
+    tree_of(*({"id": f"n{i}", "prompt": f"{i} is a prompt of its own"} for i in range(90)))
+    for turn in (1, -1):
+        texts = ["a" * i for i in range(1, 91)][::turn]
+        with pytest.raises(InvalidRequest, match="begin with one another"):
+            tree_of(*({"id": f"n{i}", "prompt": text} for i, text in enumerate(texts)))

@@ -304,3 +304,16 @@ def test_text_chains_are_guessed_on_though_events_are_followed() -> None:
     assert mirror.match((1, 2)) == 2
     mirror.admit("b", (3, 4, 5), 0)
     assert mirror.match((1, 2)) == 1
+
+
+def test_a_renewal_that_fails_leaves_what_was_pinned_until_it_lapses() -> None:
+    """Else the mirror would hold its blocks for ever: only a pin that lapses is given up there."""
+    for fails in ("forget", "refused"):
+        pins = book(PIN)
+        pins.directive("p", 16, 0.0)
+        pins.obeyed("p")
+        assert pins.directive("p", 16, 60.0) is not None
+        pins.forget("p") if fails == "forget" else pins.refused("p", 60.0)
+        assert pins.held("p")
+        assert pins.plan([PIN], 99.0) == []
+        assert pins.plan([PIN], 101.0) == ["p"]

@@ -164,3 +164,10 @@ def test_strip_headers() -> None:
     headers = {"x-helium-run": "r", "baggage": "helium.node=n,user=1", "x-request-id": "q", "x-session-id": "s"}
     assert strip_headers(headers) == {"baggage": "user=1", "x-request-id": "q", "x-session-id": "s"}
     assert strip_headers({"baggage": "helium.node=n"}) == {}
+
+
+def test_a_lone_surrogate_is_no_name() -> None:
+    """Nothing could encode it: neither the answer that lists it nor the store."""
+    read = tags.read({"helium": {"run": "\ud800", "workflow": "w\udfff", "node": "fine"}}, {}, WorkflowSettings())
+    assert (read.run, read.workflow, read.node) == (None, None, "fine")
+    assert set(read.ignored) == {"run", "workflow"}

@@ -1,16 +1,13 @@
-// Reading the operator's routes: the key, conditional requests, errors as words.
+// Reading the operator's routes: the key, errors as words.
 
 const KEY = "helium-key";
 const root = new URL(".", document.baseURI); // …/helium/
-const seen = new Map(); // url -> {etag, body}; bounded: the page asks for a handful of urls at a time
-const SEEN_LIMIT = 40;
 
 export class Unauthorized extends Error {}
 
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? "",
   set(value) {
-    seen.clear();
     if (value) sessionStorage.setItem(KEY, value);
     else sessionStorage.removeItem(KEY);
   },
@@ -20,12 +17,9 @@ async function request(path, { method = "GET", body, signal } = {}) {
   const url = new URL(path, root);
   const headers = { Accept: "application/json" };
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
-  const known = method === "GET" ? seen.get(url.href) : undefined;
-  if (known) headers["If-None-Match"] = known.etag;
   if (body !== undefined) headers["Content-Type"] = "application/json";
   const response = await fetch(url, { method, headers, body, signal, cache: "no-store", credentials: "omit" });
-  if (response.status === 304 && known) return known.body;
-  if (response.status === 401 || response.status === 403) throw new Unauthorized("the proxy asks for an API key");
+  if (response.status === 401) throw new Unauthorized("the proxy asks for an API key");
   const text = await response.text();
   let parsed;
   try {
@@ -38,11 +32,6 @@ async function request(path, { method = "GET", body, signal } = {}) {
     throw new Error(error?.message ?? (typeof error === "string" ? error : `HTTP ${response.status}`));
   }
   if (parsed === null) throw new Error("the answer is not JSON");
-  const etag = response.headers.get("ETag");
-  if (method === "GET" && etag) {
-    if (seen.size >= SEEN_LIMIT) seen.delete(seen.keys().next().value);
-    seen.set(url.href, { etag, body: parsed });
-  }
   return parsed;
 }
 

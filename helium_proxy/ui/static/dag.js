@@ -198,7 +198,12 @@ export function dagView({ label, onselect, short = false }) {
     if (changed && fitted) requestAnimationFrame(fit);
   }
 
-  return { element, tools, update, fit };
+  /** From now on the view follows the graph again. */
+  function follow() {
+    fitted = true;
+  }
+
+  return { element, tools, update, fit, follow };
 }
 
 const edgeKey = (edge) => `${edge.from}>${edge.to}`;

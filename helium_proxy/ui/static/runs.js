@@ -18,9 +18,10 @@ export function runsView() {
   const count = h("span");
   const pane = runPane();
   const nothing = h("div", { class: "card empty", hidden: true }, h("p", { text: "No run yet. Point an agent at this proxy:" }), h("code", { text: HINT }));
+  const unmatched = h("div", { class: "card empty", hidden: true }, h("p", { text: "No run matches the filter." }));
   const element = h("div", { class: "split" },
     h("aside", { class: "side", "aria-label": "Runs" }, h("h2", {}, "Runs", count), h("div", { class: "filters" }, workflow, liveOnly), list),
-    h("div", { class: "detail" }, nothing, pane.element));
+    h("div", { class: "detail" }, nothing, unmatched, pane.element));
 
   let wanted = ""; // the run named by the address; empty: follow the newest
   let wake = () => {};
@@ -29,13 +30,15 @@ export function runsView() {
 
   async function poll(signal) {
     const state = liveOnly.getAttribute("aria-pressed") === "true" ? "live" : "";
-    const { runs } = await api.runs({ workflow: workflow.value.trim(), state }, signal);
+    const name = workflow.value.trim();
+    const { runs } = await api.runs({ workflow: name, state }, signal);
     const shown = wanted || runs[0]?.run || "";
     set(count, { text: runs.length ? String(runs.length) : "" });
-    keyed(list, runs, (run) => run.run, makeItem, (item, run) => updateItem(item, run, shown));
-    set(nothing, { hidden: Boolean(shown) });
+    keyed(list, runs, (run) => `${run.started_at} ${run.run}`, makeItem, (item, run) => updateItem(item, run, shown));
+    set(nothing, { hidden: Boolean(shown || name || state) });
+    set(unmatched, { hidden: Boolean(shown) || !(name || state) });
     set(pane.element, { hidden: !shown });
-    if (shown) await pane.poll(shown, signal);
+    if (shown) await pane.poll(shown, runs.find((run) => run.run === shown), signal);
   }
 
   return { element, poll, show: (run) => { wanted = run; } };
@@ -64,6 +67,7 @@ function updateItem(item, run, shown) {
 function runPane() {
   let run = null; // what is drawn
   let clock = runClock();
+  let lastAt = null; // when something last happened in it, as the list had it
   let chosen = null; // id of the call that the inspector shows
 
   const choose = (call) => {
@@ -92,11 +96,14 @@ function runPane() {
     h("section", { class: "card", "aria-label": "Calls" }, h("header", {}, h("h2", { text: "Calls" })),
       h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Table of calls" }, h("table", {}, h("thead", {}, h("tr", {}, heads.map(([text, right]) => h("th", { text, scope: "col", class: right ? "num" : null })))), body))));
 
-  async function poll(id, signal) {
+  /** `summary`: the run as the list has it. One that has ended, and is drawn, is not asked for again. */
+  async function poll(id, summary, signal) {
     if (run?.id !== id) {
       clock = runClock();
       chosen = null;
-    }
+      dag.follow();
+    } else if (!run.live && (!summary || (summary.state === "done" && summary.last_at === lastAt))) return;
+    lastAt = summary?.last_at;
     const json = await api.run(id, signal);
     run = readRun(json, clock(json, performance.now() / 1000));
     draw();

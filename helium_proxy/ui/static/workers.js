@@ -16,7 +16,7 @@ export function workersView() {
     const { workers } = await api.workers(signal);
     const sum = (pick) => workers.reduce((acc, worker) => acc + (pick(worker) ?? 0), 0);
     const busiest = Math.max(0, ...workers.map((worker) => worker.running ?? 0));
-    tiles.up.value.replaceChildren(format.int(workers.filter((worker) => isUp(worker.state)).length), h("small", { text: ` of ${workers.length}` }));
+    tiles.up.value.replaceChildren(format.int(workers.filter((worker) => isUp(worker)).length), h("small", { text: ` of ${workers.length}` }));
     set(tiles.running.value, { text: format.int(sum((worker) => worker.running)) });
     set(tiles.waiting.value, { text: format.int(sum((worker) => worker.waiting)) });
     set(tiles.pinned.value, { text: format.int(sum((worker) => worker.pinned_blocks)) });
@@ -29,7 +29,9 @@ export function workersView() {
   return { element, poll, show() {} };
 }
 
-const isUp = (state) => state === "up";
+/** Whether it takes calls: a breaker that is not closed keeps them from a worker that is up. */
+const isUp = (worker) => worker.state === "up" && (worker.breaker ?? "closed") === "closed";
+const stateOf = (worker) => (worker.state === "up" && !isUp(worker) ? `breaker ${worker.breaker}` : worker.state);
 
 function makeWorker() {
   const parts = { name: h("h2"), state: h("span"), models: h("span"), engine: h("span", { class: "muted" }), url: h("code", { class: "muted" }), resident: h("span", { class: "c-kv" }),
@@ -50,7 +52,8 @@ function updateWorker(card, worker) {
   const share = (blocks) => (capacity ? Math.min(1, (blocks ?? 0) / capacity) : 0);
   set(card, { "aria-label": `Worker ${worker.id}` });
   set(parts.name, { text: worker.id });
-  set(parts.state, { class: `pill ${isUp(worker.state) ? "ok" : worker.state}`, text: worker.state });
+  const shade = worker.state === "up" ? String(worker.breaker).replace("-", "_") : worker.state;
+  set(parts.state, { class: `pill ${isUp(worker) ? "ok" : shade}`, text: stateOf(worker) });
   set(parts.engine, { text: [worker.engine, worker.plugin ? "pins" : "", worker.tokenizer === "exact" ? "exact tokens" : ""].filter(Boolean).join(" · ") });
   set(parts.models, { text: worker.models.join(", ") });
   set(parts.url, { text: worker.url.endsWith(`//${worker.id}`) ? "" : worker.url });
@@ -68,7 +71,7 @@ function updateWorker(card, worker) {
   const pinned = Object.entries(worker.pins ?? {}).slice(0, PREFIXES).map(([name, blocks]) => ({ name, blocks, tokens: blocks * worker.block_size }));
   set(parts.none, { hidden: pinned.length > 0 });
   set(parts.table, { hidden: pinned.length === 0 });
-  set(parts.problem, { hidden: !worker.error || isUp(worker.state), text: worker.error ?? "" });
+  set(parts.problem, { hidden: !worker.error || isUp(worker), text: worker.error ?? "" });
   keyed(parts.prefixes, pinned, ({ name }) => name, makePrefix, (row, prefix) => {
     set(row.cells[0].firstChild, { text: prefix.name, title: prefix.name });
     set(row.cells[1], { text: format.int(prefix.tokens) });
