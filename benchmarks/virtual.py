@@ -27,6 +27,7 @@ from helium_proxy.dispatch.state import QueuedCall
 from helium_proxy.engine import EngineConfig, Request, Scheduler, Tokenizer, block_hashes, render
 from helium_proxy.residency.chain import token_chain
 from helium_proxy.types import CallRequest, Outcome
+from helium_proxy.workers.breaker import Breaker
 from helium_proxy.workflow import Workflows, WorkflowSettings
 
 _WORDS = (Path(__file__).parent / "workloads" / "words.txt").read_text().split()
@@ -210,6 +211,7 @@ class Simulation:
             now,
             hints=arrival.hints,
             group=arrival.template,
+            share="~" if arrival.workflow.startswith("~") else "",
             node=call.node,
         )
         assignment = await self.dispatcher.acquire(queued)
@@ -222,7 +224,6 @@ class Simulation:
             assignment,
             ok=True,
             computed_tokens=len(tokens) - done.cached_tokens,
-            cached_tokens=done.cached_tokens,
             output_tokens=call.max_tokens,
             extension=extension,
         )
@@ -261,11 +262,15 @@ class Simulation:
     # -- a batch
 
     def measure(self, workload: Workload, sizes: Sizes, batch: int, seed: int = 1) -> Result:
-        """Runs the workload's batch; one result."""
-        asyncio.set_event_loop(self.loop)
+        """Runs the workload's batch, once; its result."""
         writer = Writer(seed, 1.0)
         result = Result(0, 0, 1, 1, 0, 0)
-        self.loop.run_until_complete(self._batch(workload, sizes, writer, batch, result))
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_until_complete(self._batch(workload, sizes, writer, batch, result))
+        finally:
+            asyncio.set_event_loop(None)
+            self.loop.close()
         counters = [e.scheduler.counters for e in self.engines]
         computed = [c.computed_tokens for c in counters]
         result.makespan = self.loop.time()
@@ -275,7 +280,6 @@ class Simulation:
         result.preemptions = sum(c.preemptions for c in counters)
         result.calls = self._sequence
         result.minimum = minimum_tokens([(list(t), n) for t, n in self._prompts.values()], self.block)
-        self.loop.close()
         return result
 
     async def _batch(self, workload: Workload, sizes: Sizes, writer: Writer, batch: int, result: Result) -> None:
@@ -297,13 +301,19 @@ class _NoPool:
     """The dispatcher's view of workers that are always up."""
 
     class _Up:
+        epoch = 0
+
+        def __init__(self) -> None:
+            self.breaker = Breaker()
+
         def available(self, _now: float) -> bool:
             return True
 
-        epoch = 0
+    def __init__(self) -> None:
+        self._up = self._Up()
 
     def get(self, _worker: str) -> Any:
-        return self._Up()
+        return self._up
 
     def all(self) -> list[Any]:
         return []

@@ -32,7 +32,9 @@ class QueuedCall:
     arrived_at: float
     hints: Hints = field(default_factory=Hints)
     group: str = ""
-    """The workflow it belongs to: groups of a tenant take turns, so that a large one never starves a small one."""
+    """The workflow it belongs to."""
+    share: str = ""
+    """Whose turn it waits for among the tenant's; by default its group's."""
     node: str = ""
     """The operator within the workflow."""
     prefer: str | None = None
@@ -44,6 +46,8 @@ class QueuedCall:
     exclude: frozenset[str] = frozenset()
     """Workers that failed it."""
     # -- the dispatcher's own notes
+    turns: tuple[str, str] = field(init=False)
+    """Who is served when it is: (tenant, share)."""
     rank: Rank = (0, 0.0, 0, 0.0, 0)
     hits: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """worker → (version of its residency, resident leading blocks, those of them that running calls hold)."""
@@ -57,6 +61,9 @@ class QueuedCall:
     """Prompt tokens' worth of work by which it lengthens that lane."""
     passed: int = 0
     """Calls behind it in rank that went before it."""
+
+    def __post_init__(self) -> None:
+        self.turns = self.tenant, self.share or self.group
 
     def __repr__(self) -> str:
         return f"<QueuedCall {self.id} {self.model} {self.prompt_tokens}+{self.output_tokens:.0f}>"

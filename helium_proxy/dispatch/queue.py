@@ -7,7 +7,8 @@ share a prefix run side by side there.
 
 Tenants take turns, and each tenant's workflows within its turn, by the work that they have been given; inside a
 workflow calls go by rank. Fair shares protect a small workflow beside a large one, and leave the order within one
-free.
+free. Workflows that nobody has named take turns as one: until their edges show, the parts of one look like several,
+and to take turns would be to run all of it side by side, each part evicting what the others come back to.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from helium_proxy.dispatch.calls import QueuedCall, Rank
 from helium_proxy.residency.index import Chain, Holders
 
 GroupKey = tuple[str, str]
-"""(tenant, workflow)."""
+"""(tenant, workflow): a call's `turns`."""
 
 _GROUPS_REMEMBERED = 10_000
 
@@ -61,7 +62,7 @@ class Lane:
                 yield call
 
     def push(self, call: QueuedCall) -> None:
-        bisect.insort(self.groups.setdefault((call.tenant, call.group), []), (call.rank, call))
+        bisect.insort(self.groups.setdefault(call.turns, []), (call.rank, call))
         self._length += 1
         self.blocked = None
         self.work += call.lane_work
@@ -75,7 +76,7 @@ class Lane:
         self._holders.add(self._bit, new)
 
     def remove(self, call: QueuedCall) -> None:
-        key = (call.tenant, call.group)
+        key = call.turns
         waiting = self.groups[key]
         del waiting[bisect.bisect_left(waiting, (call.rank,))]
         if not waiting:
@@ -135,7 +136,7 @@ class Queue:
         return [(places[count - 1] if count else 0, lanes) for count, lanes in self._holders.match(marks, workers)]
 
     def push(self, call: QueuedCall) -> None:
-        for who in (call.tenant, (call.tenant, call.group)):
+        for who in (call.tenant, call.turns):
             if not self._waiting[who]:
                 self._enter(who)
             self._waiting[who] += 1
@@ -163,7 +164,7 @@ class Queue:
         else:
             self.lanes[call.lane].remove(call)
             call.lane = None
-        for who in (call.tenant, (call.tenant, call.group)):
+        for who in (call.tenant, call.turns):
             self._waiting[who] -= 1
             if not self._waiting[who]:
                 del self._waiting[who]
@@ -193,7 +194,7 @@ class Queue:
 
     def charge(self, call: QueuedCall, work: float) -> None:
         """`call` was given so much work."""
-        for who in (call.tenant, (call.tenant, call.group)):
+        for who in (call.tenant, call.turns):
             self._served[who] = self._served.get(who, 0.0) + work
 
     def turn(self, lane: Lane) -> list[tuple[Rank, QueuedCall]]:

@@ -82,3 +82,22 @@ def test_workflows_of_a_tenant_take_turns_by_what_they_were_given() -> None:
     queue.charge(first[1], 5.0)
     (second, *_) = queue.turn(lane)
     assert {first[1].group, second[1].group} == {"large", "small"}
+
+
+def test_workflows_without_a_name_take_turns_as_one() -> None:
+    queue = Queue()
+    waiting = [call(f"{i}", rank=i, group=f"~part-{i % 3}", share="~") for i in range(6)]
+    named = call("named", rank=9, group="named")
+    for one in [*waiting, named]:
+        queue.push(one)
+        queue.place(one, "w", 0b1)
+    order = []
+    while lane := queue.lanes.get("w"):
+        if not lane:
+            break
+        first = queue.turn(lane)[0][1]
+        order.append(first.id)
+        queue.remove(first)
+        queue.charge(first, 10.0)
+    assert order[:2] in (["named", "0"], ["0", "named"]), "they take turns with the named one"
+    assert [name for name in order if name != "named"] == ["0", "1", "2", "3", "4", "5"]

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 from serving import CHAT, Proxy, Seen, Stack, chat, until
 
+from helium_proxy.dispatch.state import Assignment, QueuedCall
+
 
 async def hang(seen: Seen) -> None:
     await seen.gone()
@@ -150,3 +152,19 @@ async def test_a_submitted_plan_adds_nothing_to_a_full_queue(stack: Stack) -> No
     for task in live:
         task.cancel()
     await asyncio.gather(*live, return_exceptions=True)
+
+
+async def test_untagged_calls_of_one_tenant_share_a_turn(stack: Stack) -> None:
+    """What they belong to is a guess: the parts of one program look like workflows of their own."""
+    proxy = await stack.proxy(await stack.fake())
+    seen = []
+    acquire = proxy.services.dispatcher.acquire
+
+    async def note(call: QueuedCall) -> Assignment:
+        seen.append(call.turns)
+        return await acquire(call)
+
+    proxy.services.dispatcher.acquire = note  # type: ignore[method-assign]
+    for fields in ({}, {"helium": {"workflow": "named"}}, {"helium": {"run": "r"}}):
+        assert (await proxy.chat("hello", **fields)).status_code == 200
+    assert seen == [("default", "~"), ("default", "default/named"), ("default", "~")]
