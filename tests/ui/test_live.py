@@ -28,6 +28,7 @@ def test_trading_is_seen_as_it_runs(browser: Any, base: str) -> None:
     page.get_by_text("No run yet").wait_for()
     with behind(crowd, base, output=32):
         page.locator("a.item", has_text="desk-0").click()
+        page.locator(".title", has_text="desk-0").wait_for()  # until then the newest run is shown
         page.locator(".title .pill.live").wait_for()
         page.locator('.node[data-kind="running"]').first.wait_for()
         running = page.locator('.node[data-kind="running"]').first.get_attribute("data-id")
