@@ -237,11 +237,12 @@ async def execute(
 
 def save(result: dict[str, Any], name: str, folder: Path = RESULTS) -> Path:
     """Writes the result file; one of the same name from an earlier day is kept beside it, in `before`."""
-    before = folder / "before"
-    before.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     old = json.loads(path.read_text()) if path.exists() else {}
     if "measurements" in old and old["about"]["date"][:10] != result["about"]["date"][:10]:
+        before = folder / "before"
+        before.mkdir(exist_ok=True)
         path.replace(before / path.name)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

@@ -32,8 +32,9 @@ _HEAD = """# Benchmarks
 
 Everything here is generated from result files by `python -m benchmarks.report` (in `.venv/bin`, as all commands
 here), and measured by `python -m benchmarks.report --run publish`, or a part of it with `--only`; `python -m
-benchmarks.optimality`, `.planning`, `.calibrate` and `.gpu.run` are run by themselves. `make bench` measures the main
-parts, shortened to half an hour, in their place; `make bench-quick` looks at the same shapes in five minutes.
+benchmarks.optimality`, `.planning`, `.calibrate`, `.replay` and `.gpu.run` are run by themselves. `make bench`
+measures the main parts, shortened to half an hour, in their place; `make bench-quick` looks at the same shapes in
+five minutes.
 
 How it is measured: all systems of a table run on the same engines in one go, interleaved, in an order that rotates
 from repeat to repeat; each is started fresh and the engines' prefix caches are dropped before every measurement.

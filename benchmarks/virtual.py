@@ -211,7 +211,7 @@ class Simulation:
             now,
             hints=arrival.hints,
             group=arrival.template,
-            share="~" if arrival.workflow.startswith("~") else "",
+            share=arrival.share,
             node=call.node,
         )
         assignment = await self.dispatcher.acquire(queued)

@@ -65,6 +65,13 @@ class Hints:
     """Seconds from arrival within which the client wants the answer."""
 
 
+POOLED_ROUTES = frozenset({"/v1/embeddings", "/v1/rerank", "/v1/score"})
+"""Routes whose calls generate nothing."""
+
+UNNAMED = "~"
+"""What the names of workflows begin with that nobody has named."""
+
+
 class Arrival(msgspec.Struct, frozen=True):
     """What the workflow room says of a call that has just arrived."""
 
@@ -79,6 +86,13 @@ class Arrival(msgspec.Struct, frozen=True):
     hints: Hints = msgspec.field(default_factory=Hints)
     retry: bool = False
     tenant: str = ""
+
+    @property
+    def share(self) -> str:
+        """Whose turn its calls wait for among the tenant's: its workflow's. What nobody has named takes turns as one:
+        until their edges show, the parts of one workflow look like several, and to take turns would be to run all of
+        it side by side, each part evicting what the others come back to."""
+        return UNNAMED if self.workflow.startswith(UNNAMED) else self.template
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -172,10 +172,7 @@ class Dispatcher:
                 if any(w.state == "up" for w in workers) and not any(w.serves(model) for w in workers):
                     raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
                 raise NoWorker(f"no worker of model `{model}` is up", retry_after=5)
-            try:
-                await asyncio.wait_for(self._came_up.wait(), min(remaining, 0.25))
-            except TimeoutError:
-                pass
+            await self._change(remaining)
 
     async def _wait_for_worker(self, worker: str) -> None:
         """Returns once `worker` is open, or has been removed for good. Raises NoWorker when it does not come up in
@@ -185,8 +182,12 @@ class Dispatcher:
             remaining = deadline - self._clock()
             if remaining <= 0:
                 raise NoWorker("the worker that holds what this call continues is not up", retry_after=5)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._came_up.wait(), min(remaining, 0.25))
+            await self._change(remaining)
+
+    async def _change(self, remaining_s: float) -> None:
+        """Returns when some worker has changed, or so soon that a breaker that closes by time is seen."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._came_up.wait(), min(remaining_s, 0.25))
 
     def _available(self, worker: str) -> bool:
         """Whether the pool has `worker` available now; brings `open` up to date (a breaker closes by time)."""

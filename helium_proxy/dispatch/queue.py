@@ -7,8 +7,7 @@ share a prefix run side by side there.
 
 Tenants take turns, and each tenant's workflows within its turn, by the work that they have been given; inside a
 workflow calls go by rank. Fair shares protect a small workflow beside a large one, and leave the order within one
-free. Workflows that nobody has named take turns as one: until their edges show, the parts of one look like several,
-and to take turns would be to run all of it side by side, each part evicting what the others come back to.
+free. (Workflows that nobody has named take turns as one: `Arrival.share`.)
 """
 
 from __future__ import annotations

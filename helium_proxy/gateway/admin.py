@@ -54,7 +54,8 @@ def admin_routes(services: Services) -> APIRouter:
         if found is None:
             raise NotFound(f"no run {run!r}", param="run")
         if isinstance(found, dict):
-            return {**found, "expected": expected(services, run, tenant) if found["state"] == "live" else []}
+            expected = flows.expected(run, services.clock(), tenant)
+            return {**found, "expected": [asdict(calls) for calls in expected]}
         return PlainTextResponse(found)
 
     @router.delete("/runs/{run:path}")
@@ -114,17 +115,6 @@ def admin_routes(services: Services) -> APIRouter:
         }
 
     return router
-
-
-def expected(services: Services, run: str, tenant: str | None) -> list[dict[str, Any]]:
-    """The calls a live run (of `tenant`, or of any) should still make, as its template predicts them."""
-    now, flows, calls = services.clock(), services.workflows, []
-    for (node, iteration), count in flows.remaining(run, now, tenant).items():
-        prompt, output = flows.lengths(run, node, iteration, now, tenant)
-        calls.append(
-            {"node": node, "iteration": iteration, "calls": count, "prompt_tokens": prompt, "output_tokens": output}
-        )
-    return calls
 
 
 def describe(services: Services, worker: Worker) -> dict[str, Any]:

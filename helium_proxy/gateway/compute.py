@@ -28,8 +28,6 @@ from helium_proxy.workers.worker import Worker
 
 log = structlog.get_logger(__name__)
 
-_UNNAMED = "~"
-"""All workflows of a tenant that were inferred and not named take turns as one (`dispatch/queue.py`)."""
 _RETRIED = frozenset({500, 502, 503, 504})
 _BUDGET_CALLS = 200
 """The retry budget is a share of the last so many calls, and never below `_BUDGET_FLOOR`."""
@@ -123,7 +121,7 @@ class Computer:
                 now=ticket.arrived_at,
                 salt=ticket.salt,
                 group=ticket.arrival.template if ticket.arrival else "",
-                share=_UNNAMED if ticket.workflow.startswith("~") else "",
+                share=ticket.arrival.share if ticket.arrival else "",
                 node=ticket.node,
                 prefer=ticket.prefer,
                 suggestion=ticket.suggestion,

@@ -43,7 +43,7 @@ from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.sse import stream_error
 from helium_proxy.gateway.ticket import USAGE_ROUTES, Ticket
 from helium_proxy.reuse import cache_key, cacheable, parse_cache_control
-from helium_proxy.types import CallRequest, Hints
+from helium_proxy.types import POOLED_ROUTES, CallRequest, Hints
 from helium_proxy.workers.upstream import SendFailed
 
 log = structlog.get_logger(__name__)
@@ -56,7 +56,7 @@ ID_PREFIX = {
 }
 """Routes whose calls belong to a workflow, and what their answers' ids begin with."""
 
-PLANNED = frozenset({*ID_PREFIX, "/v1/embeddings", "/v1/rerank", "/v1/score"})
+PLANNED = POOLED_ROUTES | ID_PREFIX.keys()
 """Routes that are queued and placed; the others are cheap, and go straight to a worker."""
 
 _SAFE_ID = re.compile(r"[\w.:-]{1,128}\Z", re.ASCII)

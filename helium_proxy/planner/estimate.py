@@ -12,7 +12,7 @@ from helium_proxy.residency.chain import text_chain, token_chain
 from helium_proxy.residency.kv_book import salt_of
 from helium_proxy.residency.registry import Tokenizers
 from helium_proxy.residency.tokens import CannotTokenize, prompt_pieces
-from helium_proxy.types import CallRequest, Hints
+from helium_proxy.types import POOLED_ROUTES, CallRequest, Hints
 
 _INLINE_CHARS = 8_192
 """Longer prompts are encoded in a thread: the encoder lets go of the interpreter's lock."""
@@ -20,9 +20,8 @@ _INLINE_CHARS = 8_192
 _CALIBRATED_BY = 4
 """One in so many calls is enough to follow a ratio that hardly changes."""
 
-_POOLED = frozenset({"/v1/embeddings", "/v1/rerank", "/v1/score"})
-"""Routes that generate nothing, and what their texts are in."""
 _POOLED_FIELDS = ("input", "query", "documents", "text_1", "text_2")
+"""What the texts of `POOLED_ROUTES` are in."""
 
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
@@ -59,7 +58,7 @@ class Estimator:
         exact = False
         output_tokens = expected_output(body, hints, self._default_output)
         pieces = prompt_pieces(request.route, body)
-        if request.route in _POOLED:
+        if request.route in POOLED_ROUTES:
             chars = sum(len(text) for name in _POOLED_FIELDS for text in _texts(body.get(name)))
             prompt_tokens = max(1, int(chars / self._tokenizers.chars_per_token(model)))
             output_tokens = 0.0

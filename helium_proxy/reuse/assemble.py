@@ -16,8 +16,8 @@ class StreamAssembler:
     """Feed it a stream's bytes as they pass; afterwards `result()` is the whole answer, or None if there is none.
 
     There is none when the stream broke off, carried an error, was larger than `max_bytes` or was not understood:
-    such an answer must be neither kept nor handed to anyone as complete. It never raises. `failed`, `refused` (an
-    error came), `text`, `usage` and `tool_call_ids` may be read at any time.
+    such an answer must be neither kept nor handed to anyone as complete. It never raises. `refused` (an error
+    came), `text`, `usage` and `tool_call_ids` may be read at any time.
 
     Bytes are laid aside and looked at when enough have come, or when something is asked: while a stream is relayed,
     a chunk costs an append.
@@ -43,11 +43,6 @@ class StreamAssembler:
     def __repr__(self) -> str:
         state = "failed" if self._failed else "complete" if self._ended else "open"
         return f"StreamAssembler({self._family.value}, {state}, {self._seen_bytes} B)"
-
-    @property
-    def failed(self) -> bool:
-        self._look()
-        return self._failed
 
     @property
     def refused(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from helium_proxy.types import POOLED_ROUTES
+
 
 class Family(Enum):
     """Which form an answer has."""
@@ -26,9 +28,7 @@ _FAMILIES = {  # the routes whose calls are queued and placed; all others pass s
     "/v1/completions": Family.COMPLETIONS,
     "/v1/responses": Family.RESPONSES,
     "/v1/messages": Family.MESSAGES,
-    "/v1/embeddings": Family.POOLING,
-    "/v1/rerank": Family.POOLING,
-    "/v1/score": Family.POOLING,
+    **dict.fromkeys(POOLED_ROUTES, Family.POOLING),
 }
 
 

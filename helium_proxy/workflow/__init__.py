@@ -9,7 +9,8 @@ from helium_proxy.workflow.settings import WorkflowSettings
 from helium_proxy.workflow.skeleton import Rendered
 from helium_proxy.workflow.store import MemoryTemplateStore, SqliteTemplateStore, TemplateStore
 from helium_proxy.workflow.tags import strip_headers, strip_tags
-from helium_proxy.workflow.tracker import RunEnd, Workflows, WorkflowStatistics
+from helium_proxy.workflow.told import RunEnd, WorkflowStatistics
+from helium_proxy.workflow.tracker import Workflows
 
 __all__ = [
     "MemoryTemplateStore",

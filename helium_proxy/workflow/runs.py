@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import xxhash
 
 from helium_proxy.errors import InvalidRequest
-from helium_proxy.types import CallRequest
+from helium_proxy.types import UNNAMED, CallRequest
 from helium_proxy.workflow.graph import Call, Run, descends
 from helium_proxy.workflow.infer import Link
 from helium_proxy.workflow.settings import WorkflowSettings
@@ -202,7 +202,7 @@ class Runs:
             known = self._templates.home(tenant, base)
             if known is not None and (template := self._templates.peek(known)) is not None:
                 return known, template.workflow
-            workflow = f"~{base}"
+            workflow = f"{UNNAMED}{base}"
         return (f"{tenant}/{workflow}" if tenant else workflow), workflow
 
     def _alias(self, run: Run, name: str) -> None:

@@ -29,52 +29,9 @@ from helium_proxy.workflow.skeleton import Rendered
 from helium_proxy.workflow.store import TemplateStore
 from helium_proxy.workflow.tags import Tags
 from helium_proxy.workflow.templates import Templates
+from helium_proxy.workflow.told import Expected, RunEnd, WorkflowStatistics
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RunEnd:
-    """A run that has ended."""
-
-    run: str
-    tenant: str
-    workflow: str
-    template: str
-    reason: str
-    """final, idle, api, evicted or replaced."""
-    calls: int
-    seconds: float
-    """From its first call's arrival to its last event."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkflowStatistics:
-    """Counts since start, and sizes now."""
-
-    calls: int
-    runs_started: int
-    runs_ended: int
-    runs_live: int
-    runs_kept: int
-    calls_kept: int
-    merged_runs: int
-    retries: int
-    edges_tag: int
-    edges_native: int
-    edges_inferred: int
-    tag_conflicts: int
-    tags_ignored: int
-    conflicts_by_field: Mapping[str, int]
-    ignored_by_field: Mapping[str, int]
-    tags_by_source: Mapping[str, int]
-    """A field of `tags.FIELDS`, an alias's, or `session` for unusable session headers."""
-    failures: int
-    """Calls that could not be placed because of an error of ours."""
-    replies: int
-    messages: int
-    identities: int
-    templates: int
 
 
 @dataclass(slots=True)
@@ -363,19 +320,13 @@ class Workflows:
             _log.exception("no prompt of what follows call %s", call)
             return None
 
-    def remaining(self, run_id: str, now: float, tenant: str | None = None) -> dict[tuple[str, int], int]:
-        """(node, iteration) → calls that a live run is still expected to make."""
+    def expected(self, run_id: str, now: float, tenant: str | None = None) -> list[Expected]:
+        """The calls that a live run is still expected to make; of `tenant`'s run of that id, or of anybody's."""
         run = self._runs.find(run_id, tenant)
         forecast = None if run is None or run.state != "live" else self._forecast(run, now)
-        return {} if run is None or forecast is None else forecast.remaining(run)
-
-    def lengths(
-        self, run_id: str, node: str, iteration: int, now: float, tenant: str | None = None
-    ) -> tuple[float | None, float | None]:
-        """Expected prompt and output tokens of one call that a run is still expected to make."""
-        run = self._runs.find(run_id, tenant)
-        forecast = None if run is None else self._forecast(run, now)
-        return (None, None) if forecast is None else forecast.lengths((node, iteration))
+        if run is None or forecast is None:
+            return []
+        return [Expected(*key, calls, *forecast.lengths(key)) for key, calls in forecast.remaining(run).items()]
 
     # -- runs --------------------------------------------------------------------------------------------
 

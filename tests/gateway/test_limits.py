@@ -9,6 +9,7 @@ import pytest
 from serving import CHAT, Proxy, Seen, Stack, chat, until
 
 from helium_proxy.dispatch.state import Assignment, QueuedCall
+from helium_proxy.errors import QueueFull
 
 
 async def hang(seen: Seen) -> None:
@@ -145,8 +146,18 @@ async def test_a_submitted_plan_adds_nothing_to_a_full_queue(stack: Stack) -> No
     await until(lambda: proxy.services.dispatcher.statistics().queued == 1)
     node = {"id": "a", "messages": [{"role": "user", "content": "{{inputs.q}}"}]}
     plan = {"workflow": "w", "model": "demo", "nodes": [node], "inputs": [{"q": "1"}, {"q": "2"}]}
+    refused, check = [], proxy.services.dispatcher.check_room
+
+    def note() -> None:
+        try:
+            check()
+        except QueueFull:
+            refused.append(1)
+            raise
+
+    proxy.services.dispatcher.check_room = note  # type: ignore[method-assign]
     job = (await proxy.client.post("/v1/workflows", json=plan)).json()
-    await asyncio.sleep(0.2)
+    await until(lambda: len(refused) > 3)
     assert proxy.services.workflows.statistics().calls == 2
     await proxy.client.delete(f"/v1/workflows/{job['id']}")
     for task in live:

@@ -351,3 +351,14 @@ async def test_actuals_are_relative_to_the_start() -> None:
 )
 def test_reply_text(body: dict[str, Any], text: str) -> None:
     assert reply_text(body) == text
+
+
+async def test_the_tags_of_its_calls_are_the_plan_s_own() -> None:
+    """Whatever the script of its name, and no more parents than a call may name."""
+    port = FakePort()
+    producers = [{"id": f"p{i}", "prompt": f"{i}"} for i in range(70)]
+    reduce = {"id": "all", "prompt": "".join(f"{{{{nodes.p{i}}}}}" for i in range(70))}
+    await run_of(port, {"workflow": "сводка", "model": "m", "nodes": [*producers, reduce]}).run()
+    (last,) = [seen for seen in port.seen if seen.node == "all"]
+    assert last.headers["x-helium-workflow"] == "сводка"
+    assert len(last.headers["x-helium-parents"].split(",")) == 64

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -205,11 +207,19 @@ def test_text_pieces(route: str, body: dict[str, Any], expected: list[str]) -> N
     assert prompt_pieces(route, body) == expected
 
 
-def test_threads_keep_count_of_what_they_encode_at_once(folder: Path) -> None:
+def test_threads_keep_count_of_what_they_encode_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Siblings of a fan-out are encoded in threads, and all miss the same pieces."""
     local = LocalTokenizer(folder, cache_tokens=10_000)
-    bodies = [{"messages": [user("the quick brown fox " * 400), user(f"question {i}")]} for i in range(8)]
-    with ThreadPoolExecutor(8) as threads:
-        for _ in range(5):
-            list(threads.map(lambda body: local.request(CHAT, body), bodies))
+    encode, together = local.text, Barrier(4)
+
+    def text(piece: str) -> array[int]:
+        together.wait(timeout=10)  # nobody has found it before all have missed it
+        return encode(piece)
+
+    monkeypatch.setattr(local, "text", text)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(
+            threads.map(lambda _: local.request(CHAT, {"messages": [user("the quick brown fox")]}), range(4))
+        )
+    assert all(ids == found[0] for ids in found)
     assert local._cached == sum(map(len, local._cache.values()))

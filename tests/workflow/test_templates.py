@@ -54,14 +54,15 @@ def test_the_sixth_trading_run_is_predicted_at_every_point(tagged: bool) -> None
         if not tagged and len(left) > 84:
             return  # the four analysts: separate runs until a reply shows that they are one
         name = run if tagged else driver.workflows.runs(limit=1)[0]["run"]
-        guess = Counter(driver.workflows.remaining(name, driver.now))
+        expected = {(calls.node, calls.iteration): calls for calls in driver.workflows.expected(name, driver.now)}
+        guess = Counter({key: calls.calls for key, calls in expected.items()})
         truth = Counter(place[step.key] for step in left)
         right += (guess & truth).total()
         predicted += guess.total()
         actual += truth.total()
         points += 1
         for node, iteration in guess & truth:
-            prompt, output = driver.workflows.lengths(name, node, iteration, driver.now)
+            prompt, output = expected[node, iteration].prompt_tokens, expected[node, iteration].output_tokens
             mean = lengths[(node, iteration)]
             assert prompt == pytest.approx(mean["prompt"] / mean["calls"], rel=0.10)
             assert output == pytest.approx(mean["output"] / mean["calls"], rel=0.25)
@@ -174,7 +175,7 @@ def test_fan_out_follows_what_the_run_has_shown() -> None:
     live = play.stepwise("live", shape(9))
     while driver.workflows.run("live") is None or len(driver.workflows.run("live")["nodes"]) < 10:  # type: ignore[index]
         next(live)
-    left = driver.workflows.remaining("live", driver.now)
+    left = {(calls.node, calls.iteration): calls.calls for calls in driver.workflows.expected("live", driver.now)}
     arrived = Counter(node["node"].partition("#")[0] for node in driver.workflows.run("live")["nodes"])  # type: ignore[index]
     if arrived["worker"] == 9:
         assert left[("check", 1)] == 9 - arrived["check"]
