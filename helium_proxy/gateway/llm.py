@@ -41,7 +41,7 @@ from helium_proxy.gateway.passing import Passing, parse, path_of, sent_headers
 from helium_proxy.gateway.replies import Reply
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.sse import stream_error
-from helium_proxy.gateway.ticket import USAGE_ROUTES, Ticket
+from helium_proxy.gateway.ticket import Ticket
 from helium_proxy.reuse import cache_key, cacheable, parse_cache_control
 from helium_proxy.types import POOLED_ROUTES, CallRequest, Hints
 from helium_proxy.workers.upstream import SendFailed
@@ -217,11 +217,10 @@ class LlmRoutes:
     def _key(self, ticket: Ticket) -> bytes | None:
         """Under which equal calls meet; None: this one is answered alone."""
         reuse, request = self._services.settings.reuse, ticket.request
-        if not (reuse.enabled or reuse.coalesce) or not ticket.plain:
+        if not (reuse.enabled or reuse.coalesce) or not ticket.plain or not ticket.tells_usage:
             return None
         try:
-            usage = ticket.request.route not in USAGE_ROUTES or not ticket.stream or ticket.adds_usage
-            if cacheable(request.body, request.route) and (usage or ticket.wants_usage):
+            if cacheable(request.body, request.route):
                 return cache_key(request.tenant, request.model, ticket.path, request.body)
         except Exception:
             log.exception("reuse failed; the call passes through")

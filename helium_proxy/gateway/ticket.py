@@ -15,7 +15,7 @@ from helium_proxy.reuse import CacheControl
 from helium_proxy.types import Arrival, CallRequest, Hints
 from helium_proxy.workflow import strip_tags
 
-USAGE_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions"})
+_USAGE_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions"})
 _PROMPTS = {
     "/v1/chat/completions": "messages",
     "/v1/completions": "prompt",
@@ -85,7 +85,12 @@ class Ticket:
             return False
         options = self.request.body.get("stream_options")
         plain = options in (None, {}, {"include_usage": False}, {"include_usage": None})
-        return self.stream and plain and self.request.route in USAGE_ROUTES
+        return self.stream and plain and self.request.route in _USAGE_ROUTES
+
+    @property
+    def tells_usage(self) -> bool:
+        """Whether the answer will say what it took; else it is no answer to those who ask for that."""
+        return not self.stream or self.wants_usage or self.adds_usage or self.request.route not in _USAGE_ROUTES
 
     @property
     def plain(self) -> bool:
