@@ -133,6 +133,11 @@ async def real(url: str, jobs: list[Job]) -> float:
 
 def simulated(config: EngineConfig, jobs: list[Job], *, max_ticks: int = 1 << 40) -> float:
     """Makespan in seconds under virtual time."""
+    return simulate(config, jobs, max_ticks=max_ticks)[0]
+
+
+def simulate(config: EngineConfig, jobs: list[Job], *, max_ticks: int = 1 << 40) -> tuple[float, int]:
+    """Makespan in seconds under virtual time, and prompt tokens computed."""
     scheduler = Scheduler(config)
     requests = [
         Request(str(i), len(j.prompt), j.output, block_hashes(array("I", j.prompt + [0] * j.output), config.block))
@@ -164,7 +169,7 @@ def simulated(config: EngineConfig, jobs: list[Job], *, max_ticks: int = 1 << 40
                     started += 1
                     heapq.heappush(arrivals, (now + SPACING_S * started, i))
         end = scheduler.start(now, max_ticks)
-    return now
+    return now, scheduler.counters.prompt_tokens - scheduler.counters.cached_tokens
 
 
 # -- the fit ----------------------------------------------------------------------------------------------------

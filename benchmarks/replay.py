@@ -88,23 +88,31 @@ async def run(repeats: int, shapes: list[str], console: Console) -> dict[str, An
             for shape in shapes:
                 plan = Plan(WORKLOADS[shape], SIZES[_SIZES], campaign.batch(shape), _SEED, 0)
                 inputs = plan.workload.make_inputs(Writer(_SEED, harness.writer_scale), plan.sizes, plan.batch)[0]
-                took, jobs = [], list[calibrate.Job]()
+                took, computed, jobs = list[float](), list[float](), list[calibrate.Job]()
                 for repeat in range(repeats):
                     await running.reset(session)
+                    (before,) = await running.wait_idle(session)
                     async with Recorder(running) as caller:
                         began = time.perf_counter()
                         await harness.drive(caller, plan, inputs, f"{shape}-{repeat}")
                         took.append(time.perf_counter() - began)
+                        (after,) = await running.wait_idle(session)
+                        computed.append((after - before).computed_tokens)
                         jobs = jobs or await _jobs(harness, caller.calls)
-                simulated = calibrate.simulated(fitted, jobs)
+                simulated, tokens = calibrate.simulate(fitted, jobs)
                 found[shape] = {
                     "calls": len(jobs),
                     "measured_s": took,
+                    "computed_tokens": computed,
                     "simulated_s": simulated,
+                    "simulated_tokens": tokens,
                     "shipped_s": calibrate.simulated(config, jobs),
                     "error": simulated / min(took) - 1,
                 }
-                console.print(f"{shape:16} {min(took):6.2f} s, simulated {simulated:6.2f} s")
+                console.print(
+                    f"{shape:16} {min(took):6.2f} s, simulated {simulated:6.2f} s; "
+                    f"{min(computed):,.0f} tokens computed, simulated {tokens:,}"
+                )
         finally:
             await asyncio.to_thread(running.close)
     return {"about": about, "shapes": found}

@@ -37,6 +37,8 @@ _PLACED_AT_ONCE = 256
 """Calls: after a burst of arrivals the rest is left to the next decision, so that nothing else waits long."""
 _PASSES = 256
 """So many calls may go before one of lower rank until none may any more."""
+_BACKFILLS = 16
+"""So many may go before one that finds no room."""
 
 
 def decide(state: DispatchState, now: float) -> list[Assignment]:
@@ -96,8 +98,12 @@ def _fill(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState, n
     while lane and not worker.saturated(settings):
         call = _next(state, queue, lane, worker)
         if not worker.has_room(call, settings, now, kept):
-            lane.blocked = worker.version, kept
-            break
+            smaller = _backfill(state, queue, lane, worker, call, now, kept)
+            if smaller is None:
+                lane.blocked = worker.version, kept
+                break
+            call.passed += _PASSES // _BACKFILLS
+            call = smaller
         assignments.append(_start(state, queue, call, worker, call.reason, now))
     return assignments
 
@@ -109,15 +115,39 @@ def _next(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState) -
     urgent = first.hints.deadline_s is not None or first.passed >= _PASSES
     if urgent or len(waiting) == 1 or state.settings.ordering == "fifo":
         return first
-    window = [call for rank, call in waiting[: state.settings.window] if rank[0] == first.rank[0]]
     best, best_score = first, -1.0
-    for call in window:
+    for call in _window(state, queue, lane):
         score = _score(state, worker, call)
         if score > best_score:
             best, best_score = call, score
     if best is not first:
         first.passed += 1
     return best
+
+
+def _backfill(
+    state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState, blocked: QueuedCall, now: float, kept: int
+) -> QueuedCall | None:
+    """A call that has the room which `blocked`, the next one, does not have; None where there is none, and where a
+    prefix that it would push out is worth more than a fuller batch.
+
+    Backfilling, as batch schedulers have it (Lifka, "The ANL/IBM SP scheduling system", 1995), without their
+    reservation: a call is overtaken so `_BACKFILLS` times at the most, then the lane waits for it.
+    """
+    settings = state.settings
+    needed = worker.room_for(blocked)
+    if blocked.passed >= _PASSES or not worker.worth_preempting(blocked, needed):
+        return None
+    smaller = [call for call in _window(state, queue, lane) if worker.room_for(call) < needed]
+    smaller.sort(key=lambda call: _score(state, worker, call), reverse=True)
+    return next((call for call in smaller if worker.has_room(call, settings, now, kept)), None)
+
+
+def _window(state: DispatchState, queue: Queue, lane: Lane) -> list[QueuedCall]:
+    """The calls of `lane` among which the next one is chosen: as urgent to their clients as the first."""
+    waiting = queue.turn(lane)
+    priority = waiting[0][0][0]
+    return [call for rank, call in waiting[: state.settings.window] if rank[0] == priority]
 
 
 def _score(state: DispatchState, worker: WorkerState, call: QueuedCall) -> float:

@@ -112,6 +112,10 @@ class WorkerState:
         tokens = max(0, call.prompt_tokens - len(call.chain) * call.block_size) + call.output_tokens
         return max(1, -int(-tokens // size))
 
+    def room_for(self, call: QueuedCall) -> int:
+        """Blocks that `call` needs here beside those that running calls hold."""
+        return len(call.chain) - self.matches(call)[1] + self.anonymous_blocks(call)
+
     def saturated(self, settings: DispatchSettings) -> bool:
         """Whether no call at all would fit."""
         if self.allowance == 0:
@@ -137,7 +141,7 @@ class WorkerState:
         prompt, own = len(call.chain) - held, self.anonymous_blocks(call)
         limit = min(settings.kv_share * self.capacity, self.capacity - pinned) - kept
         if not pinned:  # the engine would give up its pins rather than let a call wait
-            limit += settings.overcommit * self.capacity * self._worth_preempting(call, prompt + own)
+            limit += settings.overcommit * self.capacity * self.worth_preempting(call, prompt + own)
         prompts = self.residency.referenced + prompt
         if prompts + own + self.forecast.reserved <= limit:
             return True
@@ -145,7 +149,7 @@ class WorkerState:
         end = now + rates.duration(0, call.output_tokens)
         return prompts + self.forecast.peak(now, 1 / (rates.step_s * size), own, end) <= limit
 
-    def _worth_preempting(self, call: QueuedCall, blocks: int) -> float:
+    def worth_preempting(self, call: QueuedCall, blocks: int) -> float:
         """From 0 to 1, how little it matters if `call` has to be preempted and its `blocks` are computed again.
 
         That stalls all that runs (`_PREEMPTED`). What is gained is the call's place in steps that take as long

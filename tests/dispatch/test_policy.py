@@ -171,6 +171,31 @@ def test_where_prefill_is_fast_more_run_than_the_kv_holds_at_their_peak() -> Non
     assert len(ask(_with_measured_rates(1e-5), *(call(c, output=1) for c in calls))) == 4, "not for a token"
 
 
+def test_smaller_calls_go_while_the_next_finds_no_room_where_that_costs_little() -> None:
+    def started(stall_s: float) -> list[str]:
+        state = _with_measured_rates(stall_s, window=8)
+        assert len(ask(state, call(blocks("runs", 60), output=64))) == 1
+        large = call(blocks("large", 60), output=64)
+        small = [call(blocks(f"small-{i}", 4), output=64) for i in range(3)]
+        return [a.call.id for a in ask(state, large, *small)]
+
+    assert started(1e-3) == [], "each of them could push out what the large one would find cached"
+    assert len(started(1e-5)) == 3
+
+
+def test_a_call_without_room_is_overtaken_only_so_often() -> None:
+    state = _with_measured_rates(1e-5)
+    (runs,) = ask(state, call(blocks("runs", 60), output=64))
+    large = call(blocks("large", 60), output=64)
+    assert ask(state, large) == []
+    for i in range(16):
+        (small,) = ask(state, call(blocks(f"small-{i}", 4), output=64))
+        finish(state, small)
+    assert ask(state, call(blocks("one too many", 4), output=64)) == []
+    finish(state, runs)
+    assert decide(state, 1.0)[0].call is large
+
+
 def test_pins_are_not_overcommitted() -> None:
     state = _with_measured_rates(1e-5)
     state.workers["w0"].residency.pin("p", blocks("p", 20))
