@@ -2,8 +2,8 @@
 
 The six shapes run on one real vLLM CPU engine, without a proxy, while every call is recorded with the token ids of
 its prompt and what it waits for. The very same calls then go through the embedded engine's scheduler in virtual time,
-at rates that were fitted in the same hour to other batches (`benchmarks.calibrate`): a machine with neighbours is not
-as fast on one day as on another. What differs then is what the scheduler's model leaves out.
+at rates fitted to other batches (`benchmarks.calibrate`) that ran in turns with the shapes: a machine with neighbours
+is not as fast in one minute as in the next. What differs then is what the scheduler's model leaves out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 import aiohttp
@@ -45,17 +46,38 @@ class Recorder(HttpCaller):
         return await super().complete(call)
 
 
-async def _fitted(url: str, config: EngineConfig, repeats: int, console: Console) -> EngineConfig:
-    """`config` at the rates that the engine has now."""
+def _fitted(config: EngineConfig, seconds: dict[str, float], console: Console) -> EngineConfig:
+    """`config` at the rates that follow from how long each of `calibrate.micro`'s batches took."""
     batches = calibrate.micro(0)
-    best: dict[str, float] = {}
-    for seed in range(repeats):
-        for name, jobs in calibrate.micro(100 * seed).items():
-            best[name] = min(best.get(name, float("inf")), await calibrate.real(url, jobs))
     rows = [calibrate.features(config, batches[name]) for name in batches]
-    rates = dict(zip(calibrate.RATES, calibrate.fit(rows, [best[name] for name in batches]), strict=True))
+    rates: dict[str, Any] = dict(
+        zip(calibrate.RATES, calibrate.fit(rows, [seconds[name] for name in batches]), strict=True)
+    )
     console.print("fitted: " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items()))
     return replace(config, profile=replace(CPU_TINY, floor_s=0.0, **rates))
+
+
+@dataclass
+class _Recorded:
+    """One shape on the real engine, by repeat: seconds, prompt tokens computed; and its calls."""
+
+    seconds: list[float] = field(default_factory=list)
+    computed: list[float] = field(default_factory=list)
+    jobs: list[calibrate.Job] = field(default_factory=list)
+
+    async def run(self, harness: Harness, plan: Plan, name: str) -> None:
+        running, session = harness.engines, harness.session
+        inputs = plan.workload.make_inputs(Writer(plan.seed, harness.writer_scale), plan.sizes, plan.batch)[0]
+        await running.reset(session)
+        (before,) = await running.wait_idle(session)
+        caller = Recorder(running)
+        async with caller:
+            began = time.perf_counter()
+            await harness.drive(caller, plan, inputs, name)
+            self.seconds.append(time.perf_counter() - began)
+        (after,) = await running.wait_idle(session)
+        self.computed.append((after - before).computed_tokens)
+        self.jobs = self.jobs or await _jobs(harness, caller.calls)
 
 
 async def _jobs(harness: Harness, calls: list[Call]) -> list[calibrate.Job]:
@@ -77,44 +99,40 @@ async def run(repeats: int, shapes: list[str], console: Console) -> dict[str, An
         max_model_len=calibrate.LIMIT,
     )  # fmt: skip
     campaign = Campaign("vllm:1", _OPTIONS, tuple(shapes), ("rr",), _SIZES, repeats, scale=_SCALE)
-    found: dict[str, dict[str, Any]] = {}
+    micro: dict[str, float] = {}
+    recorded: dict[str, _Recorded] = {shape: _Recorded() for shape in shapes}
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
         running = await engines.start(campaign.engines, _OPTIONS, session)
         try:
             harness = Harness(running, session)
             await harness.learn()
             about = describe(campaign, running)
-            fitted = await _fitted(running.urls[0], config, max(2, repeats), console)
-            for shape in shapes:
-                plan = Plan(WORKLOADS[shape], SIZES[_SIZES], campaign.batch(shape), _SEED, 0)
-                inputs = plan.workload.make_inputs(Writer(_SEED, harness.writer_scale), plan.sizes, plan.batch)[0]
-                took, computed, jobs = list[float](), list[float](), list[calibrate.Job]()
-                for repeat in range(repeats):
-                    await running.reset(session)
-                    (before,) = await running.wait_idle(session)
-                    async with Recorder(running) as caller:
-                        began = time.perf_counter()
-                        await harness.drive(caller, plan, inputs, f"{shape}-{repeat}")
-                        took.append(time.perf_counter() - began)
-                        (after,) = await running.wait_idle(session)
-                        computed.append((after - before).computed_tokens)
-                        jobs = jobs or await _jobs(harness, caller.calls)
-                simulated, tokens = calibrate.simulate(fitted, jobs)
-                found[shape] = {
-                    "calls": len(jobs),
-                    "measured_s": took,
-                    "computed_tokens": computed,
-                    "simulated_s": simulated,
-                    "simulated_tokens": tokens,
-                    "shipped_s": calibrate.simulated(config, jobs),
-                    "error": simulated / min(took) - 1,
-                }
-                console.print(
-                    f"{shape:16} {min(took):6.2f} s, simulated {simulated:6.2f} s; "
-                    f"{min(computed):,.0f} tokens computed, simulated {tokens:,}"
-                )
+            for repeat in range(repeats):  # what the rates are fitted to and what they are judged by, in turns
+                for name, jobs in calibrate.micro(100 * repeat).items():
+                    micro[name] = min(micro.get(name, inf), await calibrate.real(running.urls[0], jobs))
+                for shape in shapes:
+                    plan = Plan(WORKLOADS[shape], SIZES[_SIZES], campaign.batch(shape), _SEED, 0)
+                    await recorded[shape].run(harness, plan, f"{shape}-{repeat}")
+                    console.print(f"#{repeat} {shape:16} {recorded[shape].seconds[-1]:6.2f} s")
         finally:
             await asyncio.to_thread(running.close)
+    fitted = _fitted(config, micro, console)
+    found: dict[str, dict[str, Any]] = {}
+    for shape, real in recorded.items():
+        simulated, tokens = calibrate.simulate(fitted, real.jobs)
+        found[shape] = {
+            "calls": len(real.jobs),
+            "measured_s": real.seconds,
+            "computed_tokens": real.computed,
+            "simulated_s": simulated,
+            "simulated_tokens": tokens,
+            "shipped_s": calibrate.simulated(config, real.jobs),
+            "error": simulated / min(real.seconds) - 1,
+        }
+        console.print(
+            f"{shape:16} {min(real.seconds):6.2f} s, simulated {simulated:6.2f} s; "
+            f"{min(real.computed):,.0f} tokens computed, simulated {tokens:,}"
+        )
     return {"about": about, "shapes": found}
 
 

@@ -377,6 +377,8 @@ def calibration(results: Results, folder: Path) -> str:
                 f"{row['simulated_s']:.2f}",
                 f"{row['error']:+.0%}",
                 f"{row['shipped_s'] / min(row['measured_s']) - 1:+.0%}",
+                f"{min(row['computed_tokens']):,.0f}",
+                f"{row['simulated_tokens']:,}",
             ]
             for shape, row in replay["shapes"].items()
         ]
@@ -384,11 +386,13 @@ def calibration(results: Results, folder: Path) -> str:
         campaign = about["campaign"]
         text += (
             "\n\nThe six shapes on one real engine without a proxy, and the very same calls, by token ids, on the "
-            "embedded engine's scheduler in virtual time (`python -m benchmarks.replay`): at rates fitted in the "
-            "same hour to other batches, and at those of the `cpu-tiny` profile, fitted on another day. "
-            f"{campaign['repeats']} repeats, of which the fastest counts, since neighbours can only slow the real "
-            f"one down. {about['cpu']}, {about['cores']} cores; {about['date'][:10]}, commit `{about['commit']}`.\n\n"
+            "embedded engine's scheduler in virtual time (`python -m benchmarks.replay`): at rates fitted to "
+            "other batches that ran in turns with them, and at those of the `cpu-tiny` profile, fitted on another "
+            f"day. {campaign['repeats']} repeats, of which the fastest counts, since neighbours can only slow the "
+            f"real one down. {about['cpu']}, {about['cores']} cores; {about['date'][:10]}, "
+            f"commit `{about['commit']}`.\n\n"
         )
         head = ["shape", "calls", "real s (fastest; slowest)", "simulated s", "error", "error of `cpu-tiny`"]
+        head += ["tokens computed", "simulated"]
         text += markdown_table(head, body)
     return text

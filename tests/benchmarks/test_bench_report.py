@@ -113,9 +113,10 @@ def test_lookahead_is_judged_by_the_calls_that_follow_others(folder: Path) -> No
 def test_the_embedded_engine_s_error_is_against_the_fastest_real_run(folder: Path) -> None:
     fitted = {"engine": {"vllm": "1.2"}, "fitted_to": {"decode": {"error": -0.04}}}
     row = {"calls": 30, "measured_s": [12.0, 10.0, 15.0], "simulated_s": 9.0, "shipped_s": 8.0, "error": -0.1}
+    row |= {"computed_tokens": [1300.0, 1200.0, 1400.0], "simulated_tokens": 1250}
     replay = {"about": result()["about"], "shapes": {"debate": row}}
     text = report.render({"calibration": fitted, "replay": replay})
-    assert "| debate | 30 | 10.00; 15.00 | 9.00 | -10% | -20% |" in text
+    assert "| debate | 30 | 10.00; 15.00 | 9.00 | -10% | -20% | 1,200 | 1,250 |" in text
 
 
 def test_a_gpu_s_section_names_card_and_engine(folder: Path) -> None:
