@@ -85,6 +85,7 @@ def _hint(nodes: Sequence[Node]) -> None:
                 path_output_tokens=longest.hints.path_output_tokens + longest.output.tokens,
                 path_prompt_tokens=longest.hints.path_prompt_tokens + longest.prompt_tokens,
                 descends=len(after),
+                last=not after,
             )
 
 

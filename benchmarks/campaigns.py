@@ -73,6 +73,7 @@ _ABLATION = replace(
         "helium-no-ordering",
         "helium-no-admission",
         "helium-no-places",
+        "helium-no-working-sets",
         "helium-no-templates",
         "helium-passthrough",
     ),

@@ -106,7 +106,8 @@ class Fleet:
         self._calls: dict[str, Call] = {}
         self._state = DispatchState(settings or DispatchSettings(max_queue=1 << 30))
         for index in range(workers):
-            self._state.join(str(index), frozenset({_MODEL}), self._block, config.blocks - 1)
+            known = self._state.join(str(index), frozenset({_MODEL}), self._block, config.blocks - 1)
+            known.rates.calibrated(*config.timing.alone())
         self._decide_due = False
         self._turn = 0
         self._trees: list[set[int]] = [set() for _ in range(workers)]
@@ -255,6 +256,7 @@ class Fleet:
                 path_output_tokens=hints.path_output_tokens,
                 path_prompt_tokens=hints.path_prompt_tokens,
                 descends=hints.descends,
+                last=hints.last,
                 run_seq=seq,
             ),
         )
@@ -282,7 +284,7 @@ class Fleet:
             assignments += decide(self._state, self.now)
             self._decide_s.append(time.thread_time() - began)
             more = self._state.unfinished
-        end = self._state.returns.next_end()
+        end = self._state.next_end()
         if end is not None and self._state.queues:
             self._at(max(end, self.now), self._wake)
         for assignment in assignments:

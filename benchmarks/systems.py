@@ -126,6 +126,7 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "no-reuse": {"REUSE__ENABLED": "false", "REUSE__COALESCE": "false"},
     "no-templates": {"WORKFLOW__TEMPLATES": "false"},
     "no-places": {"DISPATCH__KEEP_PLACES": "false"},
+    "no-working-sets": {"DISPATCH__WORKING_SETS": "false"},
     "no-lookahead": {"DIRECTIVES__LOOKAHEAD": "false"},
     "no-events": {"POOL__KV_EVENTS": "false"},
 }

@@ -140,7 +140,8 @@ class Simulation:
         self.workflows = warm or Workflows(workflow or WorkflowSettings(), clock=self.loop.time, wall=self.loop.time)
         self.dispatcher = Dispatcher(self._settings, _NoPool(), clock=self.loop.time)  # type: ignore[arg-type]
         for engine in self.engines:
-            self.dispatcher.state.join(engine.name, frozenset({"demo"}), self.block, config.blocks - 1)
+            known = self.dispatcher.state.join(engine.name, frozenset({"demo"}), self.block, config.blocks - 1)
+            known.rates.calibrated(*config.timing.alone())
         self._turn = 0
         self._trees: list[set[int]] = [set() for _ in self.engines]
         self._loads = [0] * count

@@ -53,6 +53,8 @@ class Hints:
     """Calls sharing this call's parents (its fan-out) that the template expects and that have not arrived."""
     descends: int = 0
     """Calls of this run expected after this one in all, on any path."""
+    last: bool = False
+    """Nothing follows this call, as runs that have ended show, or the plan says."""
     static_messages: int = 0
     """Leading messages that are equal in every run of this node (0: not known)."""
     run_seq: int = 0

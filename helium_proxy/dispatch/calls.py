@@ -65,6 +65,11 @@ class QueuedCall:
     def __post_init__(self) -> None:
         self.turns = self.tenant, self.share or self.group
 
+    @property
+    def workflow(self) -> tuple[str, str]:
+        """Of which tenant."""
+        return self.tenant, self.group
+
     def __repr__(self) -> str:
         return f"<QueuedCall {self.id} {self.model} {self.prompt_tokens}+{self.output_tokens:.0f}>"
 

@@ -134,7 +134,10 @@ class Dispatcher:
         if worker.epoch != known.epoch:
             known.epoch = worker.epoch
             known.clear()
-            self.state.returns.gone(worker.id)
+            self.state.lost(worker.id)
+        if facts.alone_s is not None and facts.alone_s != known.alone_s:
+            known.alone_s = facts.alone_s
+            known.rates.calibrated(*facts.alone_s)
         self._came_up.set()
         self._came_up = asyncio.Event()
         self._pump_soon()
@@ -239,7 +242,7 @@ class Dispatcher:
         if self.state.unfinished:
             self._pump_soon()
             return
-        end = self.state.returns.next_end()
+        end = self.state.next_end()
         if end is not None and self.state.queues:  # somebody may take the place then that is kept until then
             delay = max(0.0, end - self._clock())
             self._wake = asyncio.get_running_loop().call_later(delay, self._pump_soon)

@@ -48,7 +48,7 @@ def decide(state: DispatchState, now: float) -> list[Assignment]:
     whether there is more to decide at once.
     """
     assignments: list[Assignment] = []
-    state.returns.expire(now)
+    state.expire(now)
     state.unfinished = False
     models = list(state.queues)
     state.decisions += 1
@@ -93,14 +93,17 @@ def _fill(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState, n
     settings = state.settings
     assignments: list[Assignment] = []
     kept = state.returns.kept(worker.id)
-    if lane.blocked == (worker.version, kept):
+    if lane.blocked == (worker.version, kept, state.flights.ended):
         return assignments  # nothing has changed since its next call found no room
     while lane and not worker.saturated(settings):
         call = _next(state, queue, lane, worker)
+        if call is None:
+            lane.blocked = worker.version, kept, state.flights.ended
+            break
         if not worker.has_room(call, settings, now, kept):
             smaller = _backfill(state, queue, lane, worker, call, now, kept)
             if smaller is None:
-                lane.blocked = worker.version, kept
+                lane.blocked = worker.version, kept, state.flights.ended
                 break
             call.passed += _PASSES // _BACKFILLS
             call = smaller
@@ -108,19 +111,19 @@ def _fill(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState, n
     return assignments
 
 
-def _next(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState) -> QueuedCall:
-    """The call of `lane` that `worker` runs next."""
+def _next(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState) -> QueuedCall | None:
+    """The call of `lane` that `worker` runs next; None: all of them are of runs that may not begin yet."""
     waiting = queue.turn(lane)
     first = waiting[0][1]
     urgent = first.hints.deadline_s is not None or first.passed >= _PASSES
-    if urgent or len(waiting) == 1 or state.settings.ordering == "fifo":
+    if urgent or state.settings.ordering == "fifo":
         return first
-    best, best_score = first, -1.0
-    for call in _window(state, queue, lane):
+    best, best_score = None, -1.0
+    for call in _window(state, queue, lane, worker):
         score = _score(state, worker, call)
         if score > best_score:
             best, best_score = call, score
-    if best is not first:
+    if best is not None and best is not first:
         first.passed += 1
     return best
 
@@ -138,16 +141,18 @@ def _backfill(
     needed = worker.room_for(blocked)
     if blocked.passed >= _PASSES or not worker.worth_preempting(blocked, needed):
         return None
-    smaller = [call for call in _window(state, queue, lane) if worker.room_for(call) < needed]
+    smaller = [call for call in _window(state, queue, lane, worker) if worker.room_for(call) < needed]
     smaller.sort(key=lambda call: _score(state, worker, call), reverse=True)
     return next((call for call in smaller if worker.has_room(call, settings, now, kept)), None)
 
 
-def _window(state: DispatchState, queue: Queue, lane: Lane) -> list[QueuedCall]:
-    """The calls of `lane` among which the next one is chosen: as urgent to their clients as the first."""
+def _window(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState) -> list[QueuedCall]:
+    """The calls of `lane` among which the next one is chosen: as urgent to their clients as the first, and of runs
+    that may begin."""
     waiting = queue.turn(lane)
     priority = waiting[0][0][0]
-    return [call for rank, call in waiting[: state.settings.window] if rank[0] == priority]
+    head = waiting[: state.settings.window]
+    return [call for rank, call in head if rank[0] == priority and state.may_begin(call, worker)]
 
 
 def _score(state: DispatchState, worker: WorkerState, call: QueuedCall) -> float:
@@ -174,7 +179,7 @@ def _take_over(
         lane = queue.lanes[last.id]
         found: tuple[float, QueuedCall] | None = None
         for _, call in queue.turn(lane)[: settings.window]:
-            if worker.id in call.exclude or call.prefer == last.id:
+            if worker.id in call.exclude or call.prefer == last.id or not state.may_begin(call, worker):
                 continue
             cost = worker.cost(call, *worker.matches(call))
             if found is None or cost - call.lane_work < found[0]:
@@ -217,7 +222,7 @@ def _start(
     )
     queue.remove(call)
     queue.charge(call, cost)
-    state.begin(call.hints.run_seq)
+    state.begin(call, worker, len(call.chain) - resident + worker.anonymous_blocks(call))
     worker.admit(assignment)
     return assignment
 

@@ -28,6 +28,8 @@ _MIN_WINDOW_S = 0.5
 _FORGET_CALLS = 0.99
 _PRIOR_CALLS = 1.0
 """The prior of `stall_s` weighs as much as so many calls."""
+_CALIBRATED_CALLS = 4.0
+"""What was measured when the worker came up weighs as much as so many calls of each of two kinds."""
 _PRIOR_S = 2.0
 """Busy seconds of its own after which a worker's measurements weigh as much as those of its peers."""
 _LEAST_S, _MOST_S = 1e-7, 0.1
@@ -59,11 +61,14 @@ class Rates:
         self.bare_step_s = 0.0  # seconds of a step that prefills nothing; 0: not known yet
         self.busy_s = self.work = 0.0  # of the windows so far, decayed by _FORGET a window
         self._windows = self._steps = 0
-        # call → (start, work expected, prompt tokens computed for the calls before it)
-        self._running: dict[str, tuple[float, float, float]] = {}
-        self._prefilled = 0.0  # prompt tokens computed for all calls so far, as expected
+        # call → (start, work expected, prompt tokens sent by then, its own among them, and those prefilled by then)
+        self._running: dict[str, tuple[float, float, float, float]] = {}
+        self._sent = 0.0  # prompt tokens to compute, of all calls so far
+        self._prefilled = 0.0  # those of them that are prefilled by `_prefilled_at`, one call after another
+        self._prefilled_at = 0.0
         # Decayed sums over calls, of 1, x, y, x², xy; per output token, x: tokens prefilled meanwhile, y: seconds.
-        self._moments: tuple[float, ...] = (0.0,) * 5
+        self._moments = [0.0] * 5
+        self._measured_s: float | None = None  # `calibrated`'s prefill of a token
         # The window under way: busy seconds, and work of the calls that ended in it; and what had been done of those
         # that ran when it began.
         self._busy = self._ended = self._before = 0.0
@@ -89,8 +94,9 @@ class Rates:
         """A call has been sent that will compute about so many tokens."""
         if not self._running:
             self._since = now
-        self._running[call] = now, work(prompt_tokens, output_tokens), self._prefilled
-        self._prefilled += prompt_tokens
+        self._prefill(now)
+        self._sent += prompt_tokens
+        self._running[call] = now, work(prompt_tokens, output_tokens), self._sent, self._prefilled
 
     def finished(self, call: str, prompt_tokens: float, output_tokens: float, now: float) -> bool:
         """A call ended: `prompt_tokens` it computed (not those it found cached), `output_tokens`. Whether this has
@@ -101,13 +107,15 @@ class Rates:
         took = now - known[0]
         self._ended += work(prompt_tokens, output_tokens)
         if output_tokens >= 4:
-            self._regress((self._prefilled - known[2]) / output_tokens, took / output_tokens)
+            self._prefill(now)
+            self._prefilled = max(self._prefilled, known[2])  # its own prompt, and those before it, for certain
+            self._regress((self._prefilled - known[3]) / output_tokens, took / output_tokens)
             step = max(1e-5, (took - prompt_tokens * self.prefill_s) / output_tokens)
             self._steps += 1
             self.step_s += max(_SMOOTH, 1 / self._steps) * (step - self.step_s)
         if self._busy < _MIN_WINDOW_S:
             return False
-        underway = sum(tokens * min(1.0, (now - start) / took) for start, tokens, _ in self._running.values())
+        underway = sum(tokens * min(1.0, (now - start) / took) for start, tokens, *_ in self._running.values())
         done = self._ended + underway - self._before
         if done <= 0:
             return False
@@ -118,6 +126,18 @@ class Rates:
         self._before = underway
         self.believe(None)
         return True
+
+    def calibrated(self, prefill_token_s: float, step_s: float) -> None:
+        """What one call alone took when the worker came up: for a prefilled token, and for a step that prefills
+        nothing. Calls of one batch are often too much alike to tell these two apart."""
+        self._measured_s = self.stall_s = prefill_token_s
+        self.bare_step_s = self.step_s = step_s
+        if not self._windows:
+            self.prefill_s = prefill_token_s
+        per_step = 2 * step_s / prefill_token_s  # prefilled tokens, for a step that takes three times as long
+        for x, y in ((0.0, step_s), (per_step, 3 * step_s)):
+            for before, new in enumerate((1.0, x, y, x * x, x * y)):
+                self._moments[before] += _CALIBRATED_CALLS * new
 
     def believe(self, peers_s: float | None) -> None:
         """Sets the speed from what was measured here and, as long as that is little, at the worker's peers:
@@ -135,13 +155,20 @@ class Rates:
     def _regress(self, x: float, y: float) -> None:
         """Least squares over the calls so far, as ridge regression towards `prefill_s`."""
         moments = zip(self._moments, (1.0, x, y, x * x, x * y), strict=True)
-        n, sx, sy, sxx, sxy = self._moments = tuple(_FORGET_CALLS * before + new for before, new in moments)
+        n, sx, sy, sxx, sxy = self._moments = [_FORGET_CALLS * before + new for before, new in moments]
+        believed = self.prefill_s if self._measured_s is None else self._measured_s
         prior = _PRIOR_CALLS * sxx / n
-        slope = (sxy - sx * sy / n + prior * self.prefill_s) / (sxx - sx * sx / n + prior) if sxx else self.prefill_s
+        slope = (sxy - sx * sy / n + prior * believed) / (sxx - sx * sx / n + prior) if sxx else believed
         self.stall_s = min(_MOST_S, max(_LEAST_S, slope))
-        self.bare_step_s = max(0.0, (sy - self.stall_s * sx) / n)
+        if self._windows:
+            self.bare_step_s = max(0.0, (sy - self.stall_s * sx) / n)
 
-    def _end(self, call: str, now: float) -> tuple[float, float, float] | None:
+    def _prefill(self, now: float) -> None:
+        """Brings `_prefilled` up to `now`."""
+        done = self._prefilled + max(0.0, now - self._prefilled_at) / self.stall_s
+        self._prefilled, self._prefilled_at = min(self._sent, done), now
+
+    def _end(self, call: str, now: float) -> tuple[float, float, float, float] | None:
         known = self._running.pop(call, None)
         if known is not None:
             self._busy += max(0.0, now - self._since)

@@ -34,6 +34,10 @@ class DispatchSettings(BaseModel):
     keep_places: bool = Field(
         True, description="Keep room for a finished call's continuation while that pays, and place it where that ran."
     )
+    working_sets: bool = Field(
+        True,
+        description="Begin no more runs on a worker than find what they come back to, while that pays.",
+    )
     max_running: int = Field(256, ge=1, description="Calls at once on one worker.")
     default_running: int = Field(32, ge=1, description="The same, for a worker whose KV capacity is not known.")
     max_queue: int = Field(10_000, ge=1, description="Calls waiting at the most; further ones are answered 429.")

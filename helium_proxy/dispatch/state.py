@@ -7,6 +7,7 @@ from collections import OrderedDict
 from dataclasses import InitVar, dataclass, field
 
 from helium_proxy.dispatch.calls import Assignment, QueuedCall, Rank
+from helium_proxy.dispatch.flights import Flights
 from helium_proxy.dispatch.queue import Queue
 from helium_proxy.dispatch.rates import DECODE_WEIGHT, Rates
 from helium_proxy.dispatch.returns import Returns
@@ -39,6 +40,8 @@ class WorkerState:
     allowance: int | None = None
     """Calls that it may be given until it has shown that it is well; None: any number."""
     epoch: int = 0
+    alone_s: tuple[float, float] | None = None
+    """What its rates were calibrated with."""
     # -- state
     residency: WorkerResidency = field(init=False)
     rates: Rates = field(default_factory=Rates)
@@ -161,6 +164,14 @@ class WorkerState:
         loss_s = _PREEMPTED * rates.stall_s * blocks * (self.block_size or call.block_size) * len(self.running)
         return max(0.0, 1 - loss_s / gain_s) if gain_s else 0.0
 
+    def full_batch(self, call: QueuedCall) -> float:
+        """From how many running calls on a cached prefix is worth more than a larger batch: one of twice the size
+        would save half of a call's part of the steps, and a prefix that is lost costs its prefill. 0 until step and
+        prefill have been measured."""
+        rates = self.rates
+        own = self.room_for(call) * (self.block_size or call.block_size)
+        return rates.bare_step_s * call.output_tokens / (rates.stall_s * own)
+
     def admit(self, assignment: Assignment) -> None:
         call, now = assignment.call, assignment.started_at
         own = self.anonymous_blocks(call)
@@ -210,6 +221,7 @@ class DispatchState:
         self._run_started: OrderedDict[int, float] = OrderedDict()  # run_seq → its first arrival here
         self.started: set[int] = set()  # those of these runs of which a call was assigned
         self.returns = Returns()
+        self.flights = Flights()
         self.unfinished = False  # the last decision has left calls that it could have placed
         self.decisions = 0
         self._sequence = 0
@@ -237,7 +249,12 @@ class DispatchState:
         known = self.workers.pop(worker, None)
         if known is not None:
             known.residency.close()
+        self.lost(worker)
+
+    def lost(self, worker: str) -> None:
+        """The cache of `worker` is gone."""
         self.returns.gone(worker)
+        self.flights.gone(worker)
 
     @property
     def queued(self) -> int:
@@ -251,6 +268,7 @@ class DispatchState:
         call.rank = self._rank(call, now)
         if self.settings.keep_places:
             call.home = self.returns.arrived(call.chain, now)
+        self.flights.arrived(call.hints.run_seq, call.workflow, call.chain, now)
         queue = self.queues.get(call.model)
         if queue is None:
             queue = self.queues[call.model] = Queue()
@@ -263,6 +281,7 @@ class DispatchState:
             return False
         if not queue:
             del self.queues[call.model]
+        self.flights.left(call.hints.run_seq, call.arrived_at)
         return True
 
     def release(self, worker: str, call: str, now: float, extension: Chain = (), *, ok: bool = True) -> bool:
@@ -273,11 +292,11 @@ class DispatchState:
         if known is None or released is None:
             return False
         assignment, freed = released
+        done = assignment.call
+        self.flights.left(done.hints.run_seq, now, last=done.hints.last)
         if ok and self.settings.keep_places and known.capacity:
-            done = assignment.call
             whole_s = known.capacity * done.block_size * known.rates.stall_s
-            last = done.hints.output_samples > 0 and not done.hints.descends
-            freed = 0 if last else freed  # the template says that nothing follows
+            freed = 0 if done.hints.last else freed
             self.returns.finished((done.group, done.node), done.chain, worker, freed, whole_s, now)
         return True
 
@@ -290,10 +309,32 @@ class DispatchState:
             for peer in peers:
                 peer.rates.believe(busy / tokens)
 
-    def begin(self, run: int) -> None:
-        """A call of `run` was assigned."""
+    def begin(self, call: QueuedCall, worker: WorkerState, blocks: int) -> None:
+        """`call` was assigned to `worker`, where it will write `blocks`."""
+        run = call.hints.run_seq
         if run in self._run_started:
             self.started.add(run)
+        self.flights.started(run, worker.id, blocks)
+
+    def may_begin(self, call: QueuedCall, worker: WorkerState) -> bool:
+        """Whether `call` may start on `worker`, as far as the runs in flight there are concerned (not whether it has
+        room)."""
+        if not self.settings.working_sets or worker.capacity is None or not worker.running:
+            return True
+        if len(worker.running) < worker.full_batch(call):
+            return True
+        blocks = len(call.chain) - worker.matches(call)[0] + worker.anonymous_blocks(call)
+        return self.flights.fits(call.hints.run_seq, call.workflow, worker.id, blocks, worker.capacity)
+
+    def expire(self, now: float) -> None:
+        """Gives up what has been waited for long enough."""
+        self.returns.expire(now)
+        self.flights.expire(now)
+
+    def next_end(self) -> float | None:
+        """When something is given up next."""
+        ends = [end for end in (self.returns.next_end(), self.flights.next_end()) if end is not None]
+        return min(ends, default=None)
 
     def next_turn(self) -> int:
         self._turn += 1

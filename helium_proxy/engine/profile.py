@@ -54,6 +54,11 @@ class Profile:
             + self.context_token_s * context
         )
 
+    def alone(self, prompt_tokens: int = 512) -> tuple[float, float]:
+        """What one call alone takes: seconds for each token of a prompt, and for a step that prefills nothing."""
+        step = self.step(0, 0, 1, prompt_tokens)
+        return (self.step(prompt_tokens, prompt_tokens**2 / 2, 0, 0) - step) / prompt_tokens, step
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:

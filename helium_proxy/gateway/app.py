@@ -77,10 +77,11 @@ def build_services(settings: Settings) -> Services:
     client = UpstreamClient(settings.pool)
     background = Background()
     tokenizers = Tokenizers(client)
-    probe = Probe(client, enabled=settings.pool.probe)
+    probe = Probe(client, enabled=settings.pool.probe, calibrate=settings.pool.calibrate)
 
     async def meet(worker: Worker) -> None:
         await asyncio.gather(tokenizers.learn(worker), probe.learn(worker))
+        dispatcher.worker_changed(worker)
         await events.follow(worker)
 
     def changed(worker: Worker) -> None:

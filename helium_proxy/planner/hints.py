@@ -46,6 +46,7 @@ class PlanHints:
             path_prompt_tokens=prompt,
             siblings_to_come=self._to_come[self._family[id_]],
             descends=self._descends[id_],
+            last=not self._descends[id_],
             static_messages=self.plan.graph.operators[id_].template.static_messages,
             run_seq=self.run_seq,
             plan_rank=self.plan.rank[id_],

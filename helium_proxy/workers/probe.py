@@ -1,9 +1,11 @@
 """What a vLLM worker's HTTP surface does not tell, found by asking for one token: whether it takes `priority` (some
-refuse the field unless they schedule by it) and whether it has the pinning connector (without it directives are
-ignored)."""
+refuse the field unless they schedule by it), whether it has the pinning connector (without it directives are
+ignored), and, with a few short calls, how fast it is while it has nothing else to do."""
 
 from __future__ import annotations
 
+import random
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,11 @@ from helium_proxy.workers.worker import Worker
 log = structlog.get_logger(__name__)
 
 _TIMEOUT_S = 30.0
+_WORDS = 256
+"""In the prompt whose prefill is timed, some hundred tokens; of no text that was there before."""
+_STEPS = 16
+_ROUNDS = 2
+"""The fastest of so many counts."""
 _ENGINES = frozenset({"vllm", "helium"})
 """Others know neither; and may charge for a token."""
 
@@ -23,9 +30,10 @@ _ENGINES = frozenset({"vllm", "helium"})
 class Probe:
     """Asks each worker once, and again after it has restarted."""
 
-    def __init__(self, client: UpstreamClient, *, enabled: bool) -> None:
+    def __init__(self, client: UpstreamClient, *, enabled: bool, calibrate: bool) -> None:
         self._client = client
         self._enabled = enabled
+        self._calibrate = calibrate
         # -- state
         self._asked: dict[str, int] = {}  # worker → the epoch that was asked, or is being asked
 
@@ -37,14 +45,14 @@ class Probe:
         asked = self._asked.get(worker.id)
         if asked is not None and asked != worker.epoch:
             del self._asked[worker.id]
-            worker.facts = replace(worker.facts, has_priority=False, has_plugin=False)
+            worker.facts = replace(worker.facts, has_priority=False, has_plugin=False, alone_s=None)
 
     def gone(self, worker: Worker) -> None:
         self._asked.pop(worker.id, None)
 
     async def learn(self, worker: Worker) -> None:
-        """Sets `has_priority` and `has_plugin` of a worker that is up. Never raises; what is not understood (a
-        pooling model's refusal, say) leaves both False."""
+        """Sets `has_priority`, `has_plugin` and `alone_s` of a worker that is up. Never raises; what is not
+        understood (a pooling model's refusal, say) leaves them as they are."""
         if not self._enabled or worker.id in self._asked or worker.facts.engine not in _ENGINES:
             return
         self._asked[worker.id] = epoch = worker.epoch
@@ -64,6 +72,43 @@ class Probe:
         has_plugin = isinstance(transfer, dict) and isinstance(transfer.get("helium"), dict)
         worker.facts = replace(worker.facts, has_priority=has_priority, has_plugin=has_plugin)
         log.info("worker probed", worker=worker.id, priority=has_priority, plugin=has_plugin)
+        idle = not (worker.facts.running or worker.facts.waiting or worker.inflight)
+        if self._calibrate and idle:
+            try:
+                alone_s = await self._time(worker)
+            except (SendFailed, ValueError) as error:
+                log.info("worker not timed", worker=worker.id, error=str(error))
+                return
+            if alone_s is not None and worker.epoch == epoch:
+                worker.facts = replace(worker.facts, alone_s=alone_s)
+                log.info("worker timed", worker=worker.id, prefill_token_s=alone_s[0], step_s=alone_s[1])
+
+    async def _time(self, worker: Worker) -> tuple[float, float] | None:
+        """Seconds for a prefilled token and for a decode step; None where they cannot be told from noise."""
+        none = prefill = decode = float("inf")
+        tokens = 0
+        for _ in range(_ROUNDS):
+            text = " ".join(f"{random.getrandbits(16):x}" for _ in range(_WORDS))
+            took, _ = await self._seconds(worker)
+            none = min(none, took)
+            took, _ = await self._seconds(worker, max_tokens=1 + _STEPS, ignore_eos=True)
+            decode = min(decode, took)
+            took, tokens = await self._seconds(worker, prompt=text)
+            prefill = min(prefill, took)
+        if not tokens or prefill <= none or decode <= none:
+            return None
+        return (prefill - none) / tokens, (decode - none) / _STEPS
+
+    async def _seconds(self, worker: Worker, **fields: Any) -> tuple[float, int]:
+        """How long an answer takes, and its prompt tokens."""
+        began = time.perf_counter()
+        status, answer = await self._ask(worker, **fields)
+        took = time.perf_counter() - began
+        usage = answer.get("usage") if status == 200 and isinstance(answer, dict) else None
+        tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        if not isinstance(tokens, int):
+            raise ValueError(f"status {status} without usage")
+        return took, tokens
 
     async def _ask(self, worker: Worker, **fields: Any) -> tuple[int, Any]:
         body = {

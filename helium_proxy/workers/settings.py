@@ -67,6 +67,9 @@ class WorkersSettings(BaseModel):
         True,
         description="Find out by one call of a token whether a vLLM worker takes priorities and has the plugin.",
     )
+    calibrate: bool = Field(
+        True, description="Time a vLLM worker that comes up idle with six short calls, so that its rates are known."
+    )
     kv_events: bool = Field(
         True, description="Follow the KV events of workers that publish them, instead of guessing what is evicted."
     )

@@ -44,6 +44,8 @@ class Facts:
     has_plugin: bool = False
     has_priority: bool = False
     """Whether it takes `priority` (vLLM with --scheduling-policy fcfs ignores it, or, before 0.32, refuses it)."""
+    alone_s: tuple[float, float] | None = None
+    """Seconds that it took, with nothing else to do, for a prefilled token and for a decode step."""
 
     @property
     def max_model_len(self) -> int | None:

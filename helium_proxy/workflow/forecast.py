@@ -174,6 +174,8 @@ class Forecast:
         if node is not None:
             known["path_calls"], known["path_output_tokens"], known["path_prompt_tokens"] = node.path
             known["descends"] = round(self.descends((call.base, call.iteration)))
+            # What has not followed yet in runs that still go may yet follow.
+            known["last"] = node.stats.closed > 0 and not known["descends"]
             known["static_messages"] = node.stats.static_messages
         return known
 

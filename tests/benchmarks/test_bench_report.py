@@ -145,6 +145,7 @@ def test_the_simulator_turns_off_what_the_served_systems_do() -> None:
         "helium-no-ordering": {"ordering"},
         "helium-no-admission": {"admission"},
         "helium-no-places": {"keep_places"},
+        "helium-no-working-sets": {"working_sets"},
     }
 
 

@@ -48,6 +48,46 @@ def test_what_a_prefilled_token_costs_the_batch_is_told_apart_from_the_steps() -
     assert rates.prefill_s > 3 * rates.stall_s, "whose decoding counts as four tokens' work each"
 
 
+def _in_waves(rates: Rates, prefill_s: float, step_s: float, *, waves: int = 20) -> None:
+    """Eight equal calls at a time, which begin and end together."""
+    now = 0.0
+    for wave in range(waves):
+        for i in range(8):
+            rates.started(f"{wave}/{i}", 600, 32, now)
+        now += 8 * 600 * prefill_s + 32 * step_s
+        for i in range(8):
+            rates.finished(f"{wave}/{i}", 600, 32, now)
+
+
+@pytest.mark.parametrize(("prefill_s", "step_s"), [(0.55e-3, 15e-3), (30e-6, 8e-3)])
+def test_a_worker_that_was_timed_alone_is_known_though_all_calls_are_alike(prefill_s: float, step_s: float) -> None:
+    """Both costs of a CPU engine and of an accelerator give the same seconds a call in some batch or other."""
+    rates = Rates()
+    rates.calibrated(prefill_s, step_s)
+    assert rates.seconds(1000, 0) == pytest.approx(1000 * prefill_s)
+    _in_waves(rates, prefill_s, step_s)
+    assert rates.stall_s == pytest.approx(prefill_s, rel=0.1)
+    assert rates.bare_step_s == pytest.approx(step_s, rel=0.1)
+
+
+def test_a_prompt_that_waits_behind_others_is_not_taken_for_slow_steps() -> None:
+    """Calls that begin one after the other, each behind the prompts of those before it."""
+    rates, now = Rates(), 0.0
+    rates.calibrated(0.5e-3, 10e-3)
+    ends: list[tuple[float, str]] = []
+    frontier = 0.0
+    for i in range(200):
+        if len(ends) == 8:
+            now, name = ends.pop(0)
+            rates.finished(name, 600, 32, now)
+        rates.started(f"c{i}", 600, 32, now)
+        frontier = max(frontier, now) + 600 * 0.5e-3
+        ends = [(end + 600 * 0.5e-3, name) for end, name in ends]
+        ends.append((frontier + 32 * 10e-3, f"c{i}"))
+        ends.sort()
+    assert rates.bare_step_s < 2 * 10e-3
+
+
 def test_before_anything_is_measured_the_prior_holds() -> None:
     rates = Rates()
     assert rates.seconds(8000, 0) == pytest.approx(8000 * PRIOR_PREFILL_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import socket
 from unittest.mock import AsyncMock
@@ -26,6 +27,35 @@ async def test_a_worker_is_asked_for_what_it_can_do(stack: Stack) -> None:
     assert (await proxy.chat(helium={"priority": 3})).status_code == 200
 
 
+async def test_a_worker_that_comes_up_idle_is_timed(stack: Stack) -> None:
+    async def work(seen: Seen) -> None:
+        tokens = len(str(seen.body["prompt"]).split())
+        await asyncio.sleep(0.0005 * tokens + 0.01 * seen.body["max_tokens"])
+        await seen.json({"choices": [], "usage": {"prompt_tokens": tokens}})
+
+    worker = await stack.fake(always=work)
+    worker.card = lambda model: {"id": model, "owned_by": "vllm"}  # type: ignore[method-assign]
+    proxy = await stack.proxy(worker)
+    (watched,) = proxy.services.pool.all()
+    await until(lambda: watched.facts.alone_s is not None)
+    assert watched.facts.alone_s is not None
+    prefill_token_s, step_s = watched.facts.alone_s
+    assert 0.0001 < prefill_token_s < step_s < 0.1
+    rates = proxy.services.dispatcher.state.workers[watched.id].rates
+    assert (rates.stall_s, rates.bare_step_s) == watched.facts.alone_s
+    prompts = [s.body["prompt"] for s in worker.seen if s.body["prompt"] != "."]
+    assert len(set(prompts)) == len(prompts) == 2, "nothing of them is cached"
+
+
+async def test_a_worker_is_not_timed_where_that_is_turned_off(stack: Stack) -> None:
+    engine = await stack.engine(policy="priority")
+    proxy = await stack.proxy(engine, pool={"calibrate": False})
+    await probed(proxy)
+    (worker,) = proxy.services.pool.all()
+    assert worker.facts.has_priority
+    assert worker.facts.alone_s is None
+
+
 async def test_an_engine_that_refuses_priorities_is_sent_none(stack: Stack) -> None:
     async def refuse(seen: Seen) -> None:
         if "priority" in seen.body:
@@ -36,7 +66,7 @@ async def test_an_engine_that_refuses_priorities_is_sent_none(stack: Stack) -> N
     worker = await stack.fake(always=refuse)
     worker.card = lambda model: {"id": model, "owned_by": "vllm"}  # type: ignore[method-assign]
     proxy = await stack.proxy(worker)
-    await until(lambda: len(worker.seen) == 2)
+    await until(lambda: len(worker.seen) >= 2)
     assert (await proxy.chat()).status_code == 200
     assert [s.path for s in worker.seen[:2]] == ["/v1/completions"] * 2
 

@@ -1,0 +1,152 @@
+"""How many runs may be in flight on a worker, so that they find what they come back to."""
+
+from __future__ import annotations
+
+import pytest
+
+from helium_proxy.dispatch import flights
+from helium_proxy.dispatch.flights import Flights
+from helium_proxy.dispatch.policy import decide
+from helium_proxy.dispatch.state import DispatchState
+
+from .fleets import ask, blocks, call, fleet
+
+GROUP = "t", "debate"
+
+
+def begin(known: Flights, run: int, written: int = 5, worker: str = "w0") -> None:
+    known.arrived(run, GROUP, (run,), 0.0)
+    known.started(run, worker, written)
+
+
+def whole(known: Flights, run: int, written: int, *, back: bool) -> None:
+    """A run of two calls; in the second it comes back to what the first has written."""
+    begin(known, run, written)
+    known.left(run, 1.0)
+    known.arrived(run, GROUP, (run, -run) if back else (-run,), 1.01)
+    known.started(run, "w0", 2)
+    known.left(run, 2.0, last=True)
+
+
+def how_many(known: Flights, written: int, capacity: int) -> int:
+    """Further runs, each of whose first calls writes so much, that may begin."""
+    for run in range(1000, 1100):
+        known.arrived(run, GROUP, (run,), 0.0)
+        if not known.fits(run, GROUP, "w0", written, capacity):
+            return run - 1000
+        known.started(run, "w0", written)
+    return 100
+
+
+def test_of_an_unknown_workflow_a_run_is_taken_to_grow() -> None:
+    known = Flights()
+    begin(known, 1, written=13)  # eight of them shared with the runs that follow
+    assert how_many(known, 5, 100) == 3, "(13 + 15) + 3 * (5 + 15)"
+
+
+def test_what_runs_write_is_learned_from_those_that_ended() -> None:
+    known = Flights()
+    for run in range(1, 9):
+        whole(known, run, 6, back=True)
+    assert known.habits(GROUP).written == pytest.approx(8)
+    assert how_many(known, 6, 80) == 10
+
+
+def test_runs_that_never_come_back_are_not_limited() -> None:
+    known = Flights()
+    for run in range(1, 9):
+        whole(known, run, 6, back=False)
+    assert how_many(known, 6, 10) == 100
+
+
+def test_a_run_in_flight_goes_on_and_every_workflow_may_have_one() -> None:
+    known = Flights()
+    begin(known, 1, written=90)
+    begin(known, 2, written=90, worker="w1")
+    assert known.fits(1, GROUP, "w0", 50, 100)
+    assert not known.fits(2, GROUP, "w0", 50, 100)
+    assert known.fits(3, ("t", "other"), "w0", 50, 100)
+    assert known.fits(0, GROUP, "w0", 50, 100), "a call of no run"
+
+
+def test_a_run_whose_next_call_does_not_come_has_ended() -> None:
+    known = Flights()
+    begin(known, 1, written=90)
+    known.left(1, 10.0)
+    end = known.next_end()
+    assert end is not None
+    assert end > 10.0
+    known.expire(end - 0.001)
+    assert known.committed("w0") == 90
+    known.expire(end)
+    assert known.committed("w0") == 0
+    assert known.next_end() is None
+
+
+def test_how_long_is_waited_follows_the_pauses() -> None:
+    known = Flights()
+    for turn in range(100):
+        known.arrived(1, GROUP, (), 10.0 * turn + 3.0)
+        known.left(1, 10.0 * turn + 10.0)
+    assert known.habits(GROUP).patience_s == pytest.approx(3.0, rel=0.05)
+
+
+def test_a_worker_that_is_lost_has_no_runs() -> None:
+    known = Flights()
+    begin(known, 1, written=90)
+    known.gone("w0")
+    assert known.committed("w0") == 0
+    known.left(1, 1.0, last=True)
+
+
+def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flights, "_RUNS", 10)
+    monkeypatch.setattr(flights, "_GROUPS", 5)
+    known = Flights()
+    for run in range(1, 100):
+        begin(known, run)
+        known.habits(("t", str(run)))
+    assert len(known._runs) == 10
+    assert len(known._habits) <= 5
+    assert known.committed("w0") <= 10 * 20
+
+
+# -- in decisions
+
+
+def _worker(prefill_token_s: float, **options: bool) -> DispatchState:
+    """Of 100 blocks, timed: steps of 10 ms."""
+    state = fleet(1, capacity=100, **options)
+    state.workers["w0"].rates.calibrated(prefill_token_s, 0.010)
+    return state
+
+
+def _started(state: DispatchState) -> int:
+    firsts = [call(blocks(f"run {i}", 4), output=16, run_seq=i + 1, group="debate") for i in range(12)]
+    return len(ask(state, *firsts))
+
+
+def test_where_prefill_is_slow_no_more_runs_begin_than_can_come_back() -> None:
+    assert _started(_worker(1e-3)) == 4, "each writes six blocks now, and is taken to write 24"
+    assert _started(_worker(1e-5)) == 12, "where it is fast, the batch counts"
+    assert _started(_worker(1e-3, working_sets=False)) == 12
+
+
+def test_runs_in_flight_go_before_those_that_wait_and_these_follow() -> None:
+    state = _worker(1e-3)
+    begun = ask(state, *(call(blocks(f"run {i}", 4), output=16, run_seq=i + 1, group="debate") for i in range(12)))
+    assert state.release("w0", begun[0].call.id, 1.0)
+    assert decide(state, 1.0) == [], "its next call may come"
+    longer = blocks("and on", 2, begun[0].call.chain)
+    (back,) = ask(state, call(longer, output=16, run_seq=1, group="debate"), now=1.1)
+    assert back.cached_tokens == 4 * 16
+    assert state.release("w0", back.call.id, 2.0)
+    end = state.flights.next_end()
+    assert end is not None
+    assert [a.call.hints.run_seq for a in decide(state, end)] == [5], "it has ended, and another one begins"
+
+
+def test_a_small_call_of_another_workflow_is_not_held() -> None:
+    state = _worker(1e-3)
+    assert _started(state) == 4
+    assert len(ask(state, call(blocks("alone", 4), output=16, run_seq=99, group="chat"))) == 1
