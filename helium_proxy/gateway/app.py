@@ -81,8 +81,9 @@ def build_services(settings: Settings) -> Services:
 
     async def meet(worker: Worker) -> None:
         await asyncio.gather(tokenizers.learn(worker), probe.learn(worker))
-        dispatcher.worker_changed(worker)
         await events.follow(worker)
+        await probe.time(worker)
+        dispatcher.worker_changed(worker)
 
     def changed(worker: Worker) -> None:
         metrics.start_worker(worker.id)

@@ -18,9 +18,9 @@ from helium_proxy.workers.worker import Worker
 log = structlog.get_logger(__name__)
 
 _TIMEOUT_S = 30.0
-_WORDS = 256
+_WORDS = 96
 """In the prompt whose prefill is timed, some hundred tokens; of no text that was there before."""
-_STEPS = 16
+_STEPS = 8
 _ROUNDS = 2
 """The fastest of so many counts."""
 _ENGINES = frozenset({"vllm", "helium"})
@@ -36,6 +36,7 @@ class Probe:
         self._calibrate = calibrate
         # -- state
         self._asked: dict[str, int] = {}  # worker → the epoch that was asked, or is being asked
+        self._answered: set[str] = set()  # those of them that gave a token, and have not been timed
 
     def __repr__(self) -> str:
         return f"<Probe of {len(self._asked)} workers>"
@@ -44,15 +45,16 @@ class Probe:
         """What was found holds no longer than the engine's life."""
         asked = self._asked.get(worker.id)
         if asked is not None and asked != worker.epoch:
-            del self._asked[worker.id]
+            self.gone(worker)
             worker.facts = replace(worker.facts, has_priority=False, has_plugin=False, alone_s=None)
 
     def gone(self, worker: Worker) -> None:
         self._asked.pop(worker.id, None)
+        self._answered.discard(worker.id)
 
     async def learn(self, worker: Worker) -> None:
-        """Sets `has_priority`, `has_plugin` and `alone_s` of a worker that is up. Never raises; what is not
-        understood (a pooling model's refusal, say) leaves them as they are."""
+        """Sets `has_priority` and `has_plugin` of a worker that is up. Never raises; what is not understood (a
+        pooling model's refusal, say) leaves both False."""
         if not self._enabled or worker.id in self._asked or worker.facts.engine not in _ENGINES:
             return
         self._asked[worker.id] = epoch = worker.epoch
@@ -71,17 +73,23 @@ class Probe:
         transfer = answer.get("kv_transfer_params") if isinstance(answer, dict) else None
         has_plugin = isinstance(transfer, dict) and isinstance(transfer.get("helium"), dict)
         worker.facts = replace(worker.facts, has_priority=has_priority, has_plugin=has_plugin)
+        self._answered.add(worker.id)
         log.info("worker probed", worker=worker.id, priority=has_priority, plugin=has_plugin)
-        idle = not (worker.facts.running or worker.facts.waiting or worker.inflight)
-        if self._calibrate and idle:
-            try:
-                alone_s = await self._time(worker)
-            except (SendFailed, ValueError) as error:
-                log.info("worker not timed", worker=worker.id, error=str(error))
-                return
-            if alone_s is not None and worker.epoch == epoch:
-                worker.facts = replace(worker.facts, alone_s=alone_s)
-                log.info("worker timed", worker=worker.id, prefill_token_s=alone_s[0], step_s=alone_s[1])
+
+    async def time(self, worker: Worker) -> None:
+        """Sets `alone_s` of a worker that `learn` has understood and that has nothing to do. Never raises."""
+        epoch, busy = worker.epoch, worker.facts.running or worker.facts.waiting or worker.inflight
+        if not self._calibrate or busy or worker.id not in self._answered:
+            return
+        self._answered.discard(worker.id)
+        try:
+            alone_s = await self._time(worker)
+        except (SendFailed, ValueError) as error:
+            log.info("worker not timed", worker=worker.id, error=str(error))
+            return
+        if alone_s is not None and worker.epoch == epoch:
+            worker.facts = replace(worker.facts, alone_s=alone_s)
+            log.info("worker timed", worker=worker.id, prefill_token_s=alone_s[0], step_s=alone_s[1])
 
     async def _time(self, worker: Worker) -> tuple[float, float] | None:
         """Seconds for a prefilled token and for a decode step; None where they cannot be told from noise."""

@@ -145,7 +145,7 @@ async def direct(proxy: Proxy, engine: Engine, text: str) -> None:
 
 async def test_a_reset_cache_is_noticed(stack: Stack) -> None:
     engine = await stack.engine(kv_events=ANYWHERE, kv_events_replay=ANYWHERE)
-    proxy = await stack.proxy(engine)
+    proxy = await stack.proxy(engine, pool={"calibrate": False})
     (worker,) = proxy.services.pool.all()
     await until(lambda: proxy.services.events.followed(worker.id))
     mirror = proxy.services.dispatcher.state.workers[worker.id].residency
