@@ -79,13 +79,14 @@ def _hint(nodes: Sequence[Node]) -> None:
     for node in reversed(nodes):
         after = [nodes[child] for child in node.children]
         longest = max(after, key=lambda n: n.hints.path_output_tokens + n.output.tokens, default=None)
-        if longest is not None:
+        if longest is None:
+            node.hints = Hints(last=True)
+        else:
             node.hints = Hints(
                 path_calls=longest.hints.path_calls + 1,
                 path_output_tokens=longest.hints.path_output_tokens + longest.output.tokens,
                 path_prompt_tokens=longest.hints.path_prompt_tokens + longest.prompt_tokens,
                 descends=len(after),
-                last=not after,
             )
 
 

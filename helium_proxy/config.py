@@ -216,12 +216,18 @@ def _passthrough(settings: Settings) -> Settings:
     return settings.model_copy(
         update={
             "dispatch": settings.dispatch.model_copy(
-                update={"placement": "least-loaded", "ordering": "fifo", "admission": False}
+                update={
+                    "placement": "least-loaded",
+                    "ordering": "fifo",
+                    "admission": False,
+                    "keep_places": False,
+                    "working_sets": False,
+                }
             ),
             "workflow": settings.workflow.model_copy(
                 update={"inference": False, "templates": False, "lookahead": False}
             ),
-            "pool": settings.pool.model_copy(update={"probe": False, "kv_events": False}),
+            "pool": settings.pool.model_copy(update={"probe": False, "calibrate": False, "kv_events": False}),
             "reuse": settings.reuse.model_copy(update={"enabled": False, "coalesce": False}),
             "directives": settings.directives.model_copy(
                 update={"pins": False, "prewarm": False, "lookahead": False}

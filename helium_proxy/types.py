@@ -54,11 +54,13 @@ class Hints:
     descends: int = 0
     """Calls of this run expected after this one in all, on any path."""
     last: bool = False
-    """Nothing follows this call, as runs that have ended show, or the plan says."""
+    """(Almost) nothing ever follows this call, as runs that have ended show, or the plan says."""
     static_messages: int = 0
     """Leading messages that are equal in every run of this node (0: not known)."""
     run_seq: int = 0
     """Arrival order of the run within the process: smaller is older. 0: no run."""
+    row: int | None = None
+    """The input of a submitted plan that it works on; None: not part of one."""
     plan_rank: int | None = None
     """Place in the order of a submitted plan (0 is first); None: not part of one."""
     priority: int = 0

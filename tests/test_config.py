@@ -131,7 +131,9 @@ def test_passthrough_turns_everything_off_but_routing() -> None:
     settings = load(environ={"HELIUM_MODE": "passthrough"})
     assert settings.dispatch.placement == "least-loaded"
     assert settings.dispatch.ordering == "fifo"
-    assert not settings.dispatch.admission
+    dispatch, pool = settings.dispatch, settings.pool
+    assert not any([dispatch.admission, dispatch.keep_places, dispatch.working_sets])
+    assert not any([pool.probe, pool.calibrate, pool.kv_events])
     workflow, reuse, directives = settings.workflow, settings.reuse, settings.directives
     switches = [workflow.inference, workflow.templates, workflow.lookahead, reuse.enabled, reuse.coalesce]
     assert not any([*switches, directives.pins, directives.prewarm, directives.lookahead])

@@ -66,9 +66,14 @@ class QueuedCall:
         self.turns = self.tenant, self.share or self.group
 
     @property
-    def workflow(self) -> tuple[str, str]:
-        """Of which tenant."""
-        return self.tenant, self.group
+    def workflow(self) -> tuple[str, str, str]:
+        """Of which tenant, on which model."""
+        return self.tenant, self.model, self.group
+
+    @property
+    def flight(self) -> tuple[int, int | None]:
+        """Its run among those in flight."""
+        return self.hints.run_seq, self.hints.row
 
     def __repr__(self) -> str:
         return f"<QueuedCall {self.id} {self.model} {self.prompt_tokens}+{self.output_tokens:.0f}>"

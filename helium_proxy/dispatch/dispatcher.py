@@ -46,7 +46,7 @@ class Dispatcher:
         self._waiting: dict[str, asyncio.Future[Assignment]] = {}  # call → its caller
         self._outside = 0  # calls that wait for a worker to come up, and are not queued yet
         self._pump_due = False
-        self._wake: asyncio.TimerHandle | None = None  # when a place that is kept is given up
+        self._wake: asyncio.TimerHandle | None = None  # when something that is waited for is given up
         self._stranded: dict[str, float] = {}  # model with calls waiting and no worker → since when
         self._came_up = asyncio.Event()  # set, and replaced, whenever a worker changed
         self._decisions = 0
@@ -77,7 +77,9 @@ class Dispatcher:
         try:
             return await future
         except asyncio.CancelledError:
-            if not self.state.withdraw(call) and future.done() and not future.cancelled():
+            if self.state.withdraw(call):
+                self._pump_soon()  # others may have waited for its run
+            elif future.done() and not future.cancelled():
                 self.release(future.result(), ok=False, reached=False)
             raise
         finally:
@@ -138,6 +140,7 @@ class Dispatcher:
         if facts.alone_s is not None and facts.alone_s != known.alone_s:
             known.alone_s = facts.alone_s
             known.rates.calibrated(*facts.alone_s)
+            known.version += 1
         self._came_up.set()
         self._came_up = asyncio.Event()
         self._pump_soon()
@@ -243,7 +246,7 @@ class Dispatcher:
             self._pump_soon()
             return
         end = self.state.next_end()
-        if end is not None and self.state.queues:  # somebody may take the place then that is kept until then
+        if end is not None and self.state.queues:  # somebody may go then who waits for that
             delay = max(0.0, end - self._clock())
             self._wake = asyncio.get_running_loop().call_later(delay, self._pump_soon)
 
@@ -262,6 +265,7 @@ class Dispatcher:
             workers = [w for w in self.state.serving(call.model) if w.open]
             if not workers or not self.state.withdraw(call):
                 continue
+            self.state.flights.arrived(call.flight, call.workflow, (), now)
             worker = min(workers, key=lambda w: len(w.running))
             blind = replace(call, chain=(), hits={})
             assignment = Assignment(blind, worker.id, 0, "least-loaded", 0, now, 0.0, 0.0)

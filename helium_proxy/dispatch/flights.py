@@ -21,17 +21,23 @@ from dataclasses import dataclass, field
 
 from helium_proxy.residency.index import Chain
 
-Group = tuple[str, str]
-"""(tenant, workflow)."""
+Group = tuple[str, str, str]
+"""(tenant, model, workflow)."""
+RunKey = tuple[int, int | None]
+"""(the run's number, the input's where the run is a whole submitted plan); a number of 0: of no run."""
 
 _GROUPS = 10_000
 _RUNS = 20_000
+_TAILS = 256
+"""Calls of a run, after which it is taken to come back to none of them."""
 _GROWTH = 3.0
 """What a run writes after its first call, in multiples of what that writes, as long as nothing is known."""
 _FIRST_GAP_S = 0.1
 _LEAST_S = 0.05
 _LONGEST_S = 10.0
 """Who lets more time pass between calls does not count as in flight meanwhile."""
+_JUDGED = 4.0
+"""Patiences, after which a run that has not gone on counts as ended."""
 _SMOOTH = 0.1
 _ENOUGH = 4
 """Ended runs, after which they are believed."""
@@ -43,7 +49,7 @@ class Habits:
     """What runs of one workflow do. Blocks and seconds."""
 
     first: float = 0.0
-    """The least that a first call has written; 0 until a second run tells what the first one shares with it."""
+    """The least that a run's first call on a worker has written; 0 until a second one tells what both share."""
     begun: int = 0
     ended: int = 0
     written: float = 0.0
@@ -60,6 +66,7 @@ class Habits:
         return min(_LONGEST_S, max(_LEAST_S, self.gap_s + 4 * self.deviation_s))
 
     def paused(self, gap_s: float) -> None:
+        gap_s = min(gap_s, _LONGEST_S)
         self.deviation_s += _SMOOTH * (abs(gap_s - self.gap_s) - self.deviation_s)
         self.gap_s += _SMOOTH * (gap_s - self.gap_s)
 
@@ -89,19 +96,32 @@ class _Written:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """A run in flight."""
+    """A run in flight, or one that pauses for long and has not been judged yet."""
 
     group: Group
     calls: int = 0
     """Waiting or running."""
     idle_since: float = 0.0
     until: float = 0.0
-    """When it counts as ended if it stays idle."""
+    """When it counts as pausing, and then as ended, if it stays idle."""
+    pauses: bool = False
     came_back: bool = False
     tails: set[int] = field(default_factory=set)
     """Last blocks of its prompts, until it has come back to one."""
     written: dict[str, _Written] = field(default_factory=dict)
     """By worker."""
+
+
+@dataclass(slots=True)
+class _Here:
+    """One worker's."""
+
+    runs: dict[RunKey, _Flight] = field(default_factory=dict)
+    """Those in flight."""
+    gone: int = 0
+    """Runs that no longer are, so far."""
+    committed: float | None = None
+    """Sum of their working sets, where it is known."""
 
 
 class Flights:
@@ -110,11 +130,10 @@ class Flights:
     def __init__(self) -> None:
         # -- state
         self._habits: OrderedDict[Group, Habits] = OrderedDict()
-        self._runs: OrderedDict[int, _Flight] = OrderedDict()
-        self._ends: list[tuple[float, int]] = []  # heap of (until, run) of idle ones
-        self._on: dict[str, dict[int, _Flight]] = {}  # worker → the runs in flight there
-        self._committed: dict[str, float] = {}  # worker → sum of their working sets, where it is known
-        self.ended = 0  # so far
+        self._runs: OrderedDict[RunKey, _Flight] = OrderedDict()
+        self._over: OrderedDict[RunKey, float] = OrderedDict()  # ended runs → since when they were idle
+        self._ends: list[tuple[float, RunKey]] = []  # heap of (until, run) of idle ones
+        self._here: dict[str, _Here] = {}
 
     def __repr__(self) -> str:
         return f"<Flights {len(self._runs)} runs>"
@@ -127,45 +146,60 @@ class Flights:
                 self._habits.popitem(last=False)
         return habits
 
+    def gone_from(self, worker: str) -> int:
+        """Runs that are no longer in flight on `worker`, so far: if it is the same, so is what `fits`."""
+        here = self._here.get(worker)
+        return here.gone if here is not None else 0
+
     def committed(self, worker: str) -> float:
         """Blocks of `worker` that the runs in flight there need, written or not yet. O(runs) after a change."""
-        known = self._committed.get(worker)
-        if known is None:
-            known = 0.0
-            for flight in self._on.get(worker, {}).values():
+        here = self._here.get(worker)
+        if here is None:
+            return 0.0
+        if here.committed is None:
+            here.committed = 0.0
+            for flight in here.runs.values():
                 written = flight.written[worker]
-                known += max(written.total, self.habits(flight.group).working_set(written.first))
-            self._committed[worker] = known
-        return known
+                here.committed += max(written.total, self.habits(flight.group).working_set(written.first))
+        return here.committed
 
-    def fits(self, run: int, group: Group, worker: str, blocks: int, capacity: int) -> bool:
+    def fits(self, run: RunKey, group: Group, worker: str, blocks: int, capacity: int) -> bool:
         """Whether a call of `run` that will write `blocks` may start on a worker of `capacity` blocks without driving
-        others out: its run is in flight there, is the only one of its workflow, does not come back, or fits."""
-        here = self._on.get(worker)
-        if not here or run in here or not run:
+        others out: its run has been there, is the only one of its workflow, does not come back, or fits."""
+        here = self._here.get(worker)
+        if here is None or not here.runs or not run[0]:
+            return True
+        flight = self._runs.get(run)
+        if flight is not None and worker in flight.written:
             return True
         habits = self.habits(group)
-        if habits.came_back < _RARELY or all(flight.group != group for flight in here.values()):
+        if habits.came_back < _RARELY or all(other.group != group for other in here.runs.values()):
             return True
         return self.committed(worker) + habits.working_set(blocks) <= capacity
 
-    def arrived(self, run: int, group: Group, chain: Chain, now: float) -> None:
-        """A call of `run` (0: of none) waits."""
-        if not run:
+    def arrived(self, run: RunKey, group: Group, chain: Chain, now: float) -> None:
+        """A call of `run` waits."""
+        if not run[0]:
             return
+        self.expire(now)
+        habits = self.habits(group)
+        self._habits.move_to_end(group)
         flight = self._runs.get(run)
         if flight is None:
+            if (idle_since := self._over.pop(run, None)) is not None:
+                habits.paused(now - idle_since)
             flight = self._runs[run] = _Flight(group)
             while len(self._runs) > _RUNS:
                 self._end(next(iter(self._runs)))
         elif not flight.calls:
-            self.habits(flight.group).paused(now - flight.idle_since)
+            habits.paused(now - flight.idle_since)
         flight.calls += 1
-        if chain and not flight.came_back:
-            flight.came_back = not flight.tails.isdisjoint(chain)
+        flight.pauses = False
+        if chain and not flight.came_back and len(flight.tails) < _TAILS:
+            flight.came_back = not flight.tails.isdisjoint(chain[:-1])  # (an equal prompt is a retry)
             flight.tails.add(chain[-1])
 
-    def started(self, run: int, worker: str, blocks: int) -> None:
+    def started(self, run: RunKey, worker: str, blocks: int) -> None:
         """A call of `run` runs on `worker`, where it writes `blocks`."""
         flight = self._runs.get(run)
         if flight is None:
@@ -173,34 +207,66 @@ class Flights:
         written = flight.written.get(worker)
         if written is None:
             flight.written[worker] = _Written(blocks, blocks)
-            self._on.setdefault(worker, {})[run] = flight
             self.habits(flight.group).began(blocks)
         else:
             written.total += blocks
-        self._committed.clear()
+        here = self._here.setdefault(worker, _Here())
+        here.runs[run] = flight
+        here.committed = None
 
-    def left(self, run: int, now: float, *, last: bool = False) -> None:
-        """A call of `run` no longer waits or runs; `last`: nothing follows it."""
+    def left(self, run: RunKey, now: float, *, last: bool = False) -> None:
+        """A call of `run` has ended; `last`: nothing follows it."""
         flight = self._runs.get(run)
         if flight is None:
             return
         flight.calls = max(0, flight.calls - 1)
         if flight.calls:
             return
+        flight.idle_since = now
         if last:
             self._end(run)
+        else:
+            self._idle_until(run, flight, now + self.habits(flight.group).patience_s)
+
+    def withdrawn(self, run: RunKey) -> None:
+        """A call of `run` was given up: a run that has no other teaches nothing."""
+        flight = self._runs.get(run)
+        if flight is None:
             return
-        flight.idle_since = now
-        flight.until = now + self.habits(flight.group).patience_s
-        heapq.heappush(self._ends, (flight.until, run))
+        flight.calls = max(0, flight.calls - 1)
+        if not flight.calls:
+            del self._runs[run]
+            self._land(run, flight)
 
     def expire(self, now: float) -> None:
-        """Runs whose next call has not come have ended."""
-        while (end := self.next_end()) is not None and end <= now:
-            self._end(heapq.heappop(self._ends)[1])
+        """Runs whose next call has not come pause, and have ended after some time more."""
+        while (end := self._next()) is not None and end <= now:
+            _, run = heapq.heappop(self._ends)
+            flight = self._runs[run]
+            if flight.pauses:
+                self._end(run)
+                continue
+            flight.pauses = True
+            self._land(run, flight)
+            patience_s = self.habits(flight.group).patience_s
+            self._idle_until(run, flight, max(end, flight.idle_since + min(_LONGEST_S, _JUDGED * patience_s)))
 
     def next_end(self) -> float | None:
-        """When the next run counts as ended."""
+        """When the next run may no longer be in flight."""
+        return self._next()
+
+    def gone(self, worker: str) -> None:
+        """`worker` was lost, or its cache."""
+        here = self._here.pop(worker, None)
+        if here is not None:
+            for flight in self._runs.values():
+                flight.written.pop(worker, None)
+
+    def _idle_until(self, run: RunKey, flight: _Flight, until: float) -> None:
+        flight.until = until
+        heapq.heappush(self._ends, (until, run))
+
+    def _next(self) -> float | None:
         while self._ends:
             until, run = self._ends[0]
             flight = self._runs.get(run)
@@ -209,17 +275,19 @@ class Flights:
             heapq.heappop(self._ends)
         return None
 
-    def gone(self, worker: str) -> None:
-        """`worker` was lost, or its cache."""
-        for flight in self._on.pop(worker, {}).values():
-            del flight.written[worker]
-        self._committed.clear()
-
-    def _end(self, run: int) -> None:
+    def _end(self, run: RunKey) -> None:
         flight = self._runs.pop(run)
         habits = self.habits(flight.group)
-        for worker, written in flight.written.items():
+        for written in flight.written.values():
             habits.over(written.total, came_back=flight.came_back)
-            del self._on[worker][run]
-            self._committed.clear()
-        self.ended += 1
+        self._land(run, flight)
+        self._over[run] = flight.idle_since
+        while len(self._over) > _RUNS:
+            self._over.popitem(last=False)
+
+    def _land(self, run: RunKey, flight: _Flight) -> None:
+        for worker in flight.written:
+            here = self._here[worker]
+            if here.runs.pop(run, None) is not None:
+                here.gone += 1
+                here.committed = None

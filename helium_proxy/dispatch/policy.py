@@ -12,8 +12,9 @@ Three steps, each a function below:
 2. *Fill* workers that have room from their own lanes. Within the workflow whose turn it is, the call goes first that
    finds most of its prompt cached, most of all where running calls hold it already: calls that share a prefix then
    run side by side, which takes less KV, so that more of them fit into a batch. Runs under way go well before new
-   ones: each that begins takes room from what those will come back to. Rank decides among equals. If that call does
-   not fit, nobody passes it.
+   ones: each that begins takes room from what those will come back to, and where prefill is slow no more begin than
+   find what they come back to (`flights.py`). Rank decides among equals. If that call does not fit, smaller ones pass
+   it where a fuller batch is worth more than what they push out, and else nobody.
 3. *Take over*: a worker with room and an empty lane takes calls from the lane that would be done last, as long as it
    would be done with them earlier.
 
@@ -37,6 +38,8 @@ _PLACED_AT_ONCE = 256
 """Calls: after a burst of arrivals the rest is left to the next decision, so that nothing else waits long."""
 _PASSES = 256
 """So many calls may go before one of lower rank until none may any more."""
+_SEARCHED = 4096
+"""Waiting calls of a workflow, among which those are sought that may begin."""
 _BACKFILLS = 16
 """So many may go before one that finds no room."""
 
@@ -93,38 +96,37 @@ def _fill(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState, n
     settings = state.settings
     assignments: list[Assignment] = []
     kept = state.returns.kept(worker.id)
-    if lane.blocked == (worker.version, kept, state.flights.ended):
+    if lane.blocked == (worker.version, kept, state.flights.gone_from(worker.id)):
         return assignments  # nothing has changed since its next call found no room
     while lane and not worker.saturated(settings):
-        call = _next(state, queue, lane, worker)
-        if call is None:
-            lane.blocked = worker.version, kept, state.flights.ended
+        first = queue.turn(lane)[0][1]
+        call = best = _next(state, queue, lane, worker, first)
+        if best is not None and not worker.has_room(best, settings, now, kept):
+            call = _backfill(state, queue, lane, worker, best, now, kept)
+        if call is None or best is None:
+            lane.blocked = worker.version, kept, state.flights.gone_from(worker.id)
             break
-        if not worker.has_room(call, settings, now, kept):
-            smaller = _backfill(state, queue, lane, worker, call, now, kept)
-            if smaller is None:
-                lane.blocked = worker.version, kept, state.flights.ended
-                break
-            call.passed += _PASSES // _BACKFILLS
-            call = smaller
+        if call is not best:
+            best.passed += _PASSES // _BACKFILLS
+        elif call is not first:
+            first.passed += 1
         assignments.append(_start(state, queue, call, worker, call.reason, now))
     return assignments
 
 
-def _next(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState) -> QueuedCall | None:
-    """The call of `lane` that `worker` runs next; None: all of them are of runs that may not begin yet."""
-    waiting = queue.turn(lane)
-    first = waiting[0][1]
+def _next(
+    state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState, first: QueuedCall
+) -> QueuedCall | None:
+    """The call of `lane` that `worker` runs next; None: all of them are of runs that may not begin yet. `first`: the
+    one whose turn it is."""
     urgent = first.hints.deadline_s is not None or first.passed >= _PASSES
     if urgent or state.settings.ordering == "fifo":
         return first
     best, best_score = None, -1.0
-    for call in _window(state, queue, lane, worker):
+    for call in _eligible(state, queue, lane, worker):
         score = _score(state, worker, call)
         if score > best_score:
             best, best_score = call, score
-    if best is not None and best is not first:
-        first.passed += 1
     return best
 
 
@@ -139,20 +141,28 @@ def _backfill(
     """
     settings = state.settings
     needed = worker.room_for(blocked)
-    if blocked.passed >= _PASSES or not worker.worth_preempting(blocked, needed):
+    if settings.ordering == "fifo" or blocked.hints.deadline_s is not None or blocked.passed >= _PASSES:
         return None
-    smaller = [call for call in _window(state, queue, lane, worker) if worker.room_for(call) < needed]
+    if not worker.worth_preempting(blocked, needed):
+        return None
+    smaller = [call for call in _eligible(state, queue, lane, worker) if worker.room_for(call) < needed]
     smaller.sort(key=lambda call: _score(state, worker, call), reverse=True)
     return next((call for call in smaller if worker.has_room(call, settings, now, kept)), None)
 
 
-def _window(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState) -> list[QueuedCall]:
-    """The calls of `lane` among which the next one is chosen: as urgent to their clients as the first, and of runs
-    that may begin."""
+def _eligible(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState) -> list[QueuedCall]:
+    """The calls of `lane` among which the next one is chosen: those of the workflow whose turn it is, as urgent to
+    their clients as its first. Where some may not begin beside the runs in flight, whoever may goes before them, and
+    where none of the workflow may, it is the next one's turn."""
+    window = state.settings.window
     waiting = queue.turn(lane)
-    priority = waiting[0][0][0]
-    head = waiting[: state.settings.window]
-    return [call for rank, call in head if rank[0] == priority and state.may_begin(call, worker)]
+    if state.begins_all(waiting[0][1], worker):
+        return [call for rank, call in waiting[:window] if rank[0] == waiting[0][0][0]]
+    for waiting in queue.in_turn(lane):
+        may = [entry for entry in waiting[:_SEARCHED] if state.may_begin(entry[1], worker)]
+        if may:
+            return [call for rank, call in may[:window] if rank[0] == may[0][0][0]]
+    return []
 
 
 def _score(state: DispatchState, worker: WorkerState, call: QueuedCall) -> float:
@@ -171,21 +181,23 @@ def _take_over(
     """`behind`: the workers with calls in their lanes and when they will be done with them, brought up to date."""
     settings = state.settings
     assignments: list[Assignment] = []
-    while behind and not worker.saturated(settings):
-        last = max(behind, key=behind.__getitem__)
+    held: set[WorkerState] = set()  # those whose lanes have nothing that may begin here
+    while len(held) < len(behind) and not worker.saturated(settings):
+        last = max((w for w in behind if w not in held), key=behind.__getitem__)
         backlog_s = worker.backlog_s(now)
         if backlog_s >= behind[last]:
             break
         lane = queue.lanes[last.id]
         found: tuple[float, QueuedCall] | None = None
-        for _, call in queue.turn(lane)[: settings.window]:
-            if worker.id in call.exclude or call.prefer == last.id or not state.may_begin(call, worker):
+        for call in _eligible(state, queue, lane, worker):
+            if worker.id in call.exclude or call.prefer == last.id:
                 continue
             cost = worker.cost(call, *worker.matches(call))
             if found is None or cost - call.lane_work < found[0]:
                 found = cost - call.lane_work, call
         if found is None:
-            break
+            held.add(last)
+            continue
         extra, call = found
         if backlog_s + (extra + call.lane_work) * worker.rates.prefill_s >= behind[last]:
             break
@@ -222,8 +234,9 @@ def _start(
     )
     queue.remove(call)
     queue.charge(call, cost)
-    state.begin(call, worker, len(call.chain) - resident + worker.anonymous_blocks(call))
+    blocks = len(call.chain) - resident + worker.anonymous_blocks(call)
     worker.admit(assignment)
+    state.begin(call, worker, blocks)
     return assignment
 
 

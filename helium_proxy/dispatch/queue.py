@@ -202,6 +202,11 @@ class Queue:
         groups = lane.groups
         if len(groups) == 1:
             return next(iter(groups.values()))
-        served = self._served
-        first = min(groups, key=lambda k: (groups[k][0][0][0], served.get(k[0], 0.0), served.get(k, 0.0), k))
-        return groups[first]
+        return groups[min(groups, key=lambda key: self._place(lane, key))]
+
+    def in_turn(self, lane: Lane) -> list[list[tuple[Rank, QueuedCall]]]:
+        """The calls of all its workflows, in the order in which it is their turn."""
+        return [lane.groups[key] for key in sorted(lane.groups, key=lambda key: self._place(lane, key))]
+
+    def _place(self, lane: Lane, key: GroupKey) -> tuple[int, float, float, GroupKey]:
+        return lane.groups[key][0][0][0], self._served.get(key[0], 0.0), self._served.get(key, 0.0), key

@@ -130,14 +130,17 @@ class Rates:
     def calibrated(self, prefill_token_s: float, step_s: float) -> None:
         """What one call alone took when the worker came up: for a prefilled token, and for a step that prefills
         nothing. Calls of one batch are often too much alike to tell these two apart."""
-        self._measured_s = self.stall_s = prefill_token_s
-        self.bare_step_s = self.step_s = step_s
+        if step_s <= 0:
+            return
+        self.stall_s = self._measured_s = min(_MOST_S, max(_LEAST_S, prefill_token_s))
+        self.bare_step_s = step_s
         if not self._windows:
-            self.prefill_s = prefill_token_s
-        per_step = 2 * step_s / prefill_token_s  # prefilled tokens, for a step that takes three times as long
-        for x, y in ((0.0, step_s), (per_step, 3 * step_s)):
-            for before, new in enumerate((1.0, x, y, x * x, x * y)):
-                self._moments[before] += _CALIBRATED_CALLS * new
+            self.prefill_s = self.stall_s
+        if not self._steps:
+            self.step_s = step_s
+        twice = step_s / self.stall_s  # prefilled tokens, for a step that takes twice as long
+        points = [(1.0, x, y, x * x, x * y) for x, y in ((0.0, step_s), (twice, 2 * step_s))]
+        self._moments = [_CALIBRATED_CALLS * (a + b) for a, b in zip(*points, strict=True)]
 
     def believe(self, peers_s: float | None) -> None:
         """Sets the speed from what was measured here and, as long as that is little, at the worker's peers:
@@ -153,7 +156,7 @@ class Rates:
         self._end(call, now)
 
     def _regress(self, x: float, y: float) -> None:
-        """Least squares over the calls so far, as ridge regression towards `prefill_s`."""
+        """Least squares over the calls so far, as ridge regression towards what was timed, or `prefill_s`."""
         moments = zip(self._moments, (1.0, x, y, x * x, x * y), strict=True)
         n, sx, sy, sxx, sxy = self._moments = [_FORGET_CALLS * before + new for before, new in moments]
         believed = self.prefill_s if self._measured_s is None else self._measured_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import InitVar, dataclass, field
+from math import inf
 
 from helium_proxy.dispatch.calls import Assignment, QueuedCall, Rank
 from helium_proxy.dispatch.flights import Flights
@@ -166,9 +167,11 @@ class WorkerState:
 
     def full_batch(self, call: QueuedCall) -> float:
         """From how many running calls on a cached prefix is worth more than a larger batch: one of twice the size
-        would save half of a call's part of the steps, and a prefix that is lost costs its prefill. 0 until step and
-        prefill have been measured."""
+        would save half of a call's part of the steps, and a prefix that is lost costs its prefill. Not known
+        before both have been measured: a batch is never full then."""
         rates = self.rates
+        if not rates.bare_step_s:
+            return inf
         own = self.room_for(call) * (self.block_size or call.block_size)
         return rates.bare_step_s * call.output_tokens / (rates.stall_s * own)
 
@@ -250,6 +253,8 @@ class DispatchState:
         if known is not None:
             known.residency.close()
         self.lost(worker)
+        for assignment in known.running.values() if known is not None else ():
+            self.flights.withdrawn(assignment.call.flight)
 
     def lost(self, worker: str) -> None:
         """The cache of `worker` is gone."""
@@ -268,7 +273,8 @@ class DispatchState:
         call.rank = self._rank(call, now)
         if self.settings.keep_places:
             call.home = self.returns.arrived(call.chain, now)
-        self.flights.arrived(call.hints.run_seq, call.workflow, call.chain, now)
+        if self.settings.working_sets:
+            self.flights.arrived(call.flight, call.workflow, call.chain, now)
         queue = self.queues.get(call.model)
         if queue is None:
             queue = self.queues[call.model] = Queue()
@@ -281,7 +287,7 @@ class DispatchState:
             return False
         if not queue:
             del self.queues[call.model]
-        self.flights.left(call.hints.run_seq, call.arrived_at)
+        self.flights.withdrawn(call.flight)
         return True
 
     def release(self, worker: str, call: str, now: float, extension: Chain = (), *, ok: bool = True) -> bool:
@@ -293,7 +299,7 @@ class DispatchState:
             return False
         assignment, freed = released
         done = assignment.call
-        self.flights.left(done.hints.run_seq, now, last=done.hints.last)
+        self.flights.left(done.flight, now, last=ok and done.hints.last)
         if ok and self.settings.keep_places and known.capacity:
             whole_s = known.capacity * done.block_size * known.rates.stall_s
             freed = 0 if done.hints.last else freed
@@ -314,17 +320,21 @@ class DispatchState:
         run = call.hints.run_seq
         if run in self._run_started:
             self.started.add(run)
-        self.flights.started(run, worker.id, blocks)
+        self.flights.started(call.flight, worker.id, blocks)
+
+    def begins_all(self, call: QueuedCall, worker: WorkerState) -> bool:
+        """Whether calls like `call` may start on `worker` whatever runs are in flight there."""
+        settings, running = self.settings, len(worker.running)
+        limited = settings.working_sets and settings.admission and settings.ordering == "run"
+        return not limited or not running or worker.capacity is None or running < worker.full_batch(call)
 
     def may_begin(self, call: QueuedCall, worker: WorkerState) -> bool:
         """Whether `call` may start on `worker`, as far as the runs in flight there are concerned (not whether it has
         room)."""
-        if not self.settings.working_sets or worker.capacity is None or not worker.running:
-            return True
-        if len(worker.running) < worker.full_batch(call):
+        if worker.capacity is None or call.hints.deadline_s is not None or self.begins_all(call, worker):
             return True
         blocks = len(call.chain) - worker.matches(call)[0] + worker.anonymous_blocks(call)
-        return self.flights.fits(call.hints.run_seq, call.workflow, worker.id, blocks, worker.capacity)
+        return self.flights.fits(call.flight, call.workflow, worker.id, blocks, worker.capacity)
 
     def expire(self, now: float) -> None:
         """Gives up what has been waited for long enough."""

@@ -83,7 +83,8 @@ def build_services(settings: Settings) -> Services:
         await asyncio.gather(tokenizers.learn(worker), probe.learn(worker))
         await events.follow(worker)
         await probe.time(worker)
-        dispatcher.worker_changed(worker)
+        if pool.get(worker.id) is worker:
+            dispatcher.worker_changed(worker)
 
     def changed(worker: Worker) -> None:
         metrics.start_worker(worker.id)

@@ -49,6 +49,7 @@ class PlanHints:
             last=not self._descends[id_],
             static_messages=self.plan.graph.operators[id_].template.static_messages,
             run_seq=self.run_seq,
+            row=self.plan.graph.operators[id_].row,
             plan_rank=self.plan.rank[id_],
         )
 

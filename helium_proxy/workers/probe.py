@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import orjson
@@ -19,7 +20,10 @@ log = structlog.get_logger(__name__)
 
 _TIMEOUT_S = 30.0
 _WORDS = 96
-"""In the prompt whose prefill is timed, some hundred tokens; of no text that was there before."""
+"""In the prompt whose prefill is timed, a few hundred tokens of no text that was there before."""
+_MORE = 8
+"""So many times as long a prompt where that one takes no longer than a single step: on accelerators, which read the
+weights once for either."""
 _STEPS = 8
 _ROUNDS = 2
 """The fastest of so many counts."""
@@ -82,28 +86,33 @@ class Probe:
         if not self._calibrate or busy or worker.id not in self._answered:
             return
         self._answered.discard(worker.id)
+        sent = worker.sent
         try:
             alone_s = await self._time(worker)
         except (SendFailed, ValueError) as error:
             log.info("worker not timed", worker=worker.id, error=str(error))
             return
-        if alone_s is not None and worker.epoch == epoch:
+        if worker.sent != sent:
+            self._answered.add(worker.id)  # it was not alone: another time
+        elif alone_s is not None and worker.epoch == epoch:
             worker.facts = replace(worker.facts, alone_s=alone_s)
             log.info("worker timed", worker=worker.id, prefill_token_s=alone_s[0], step_s=alone_s[1])
 
     async def _time(self, worker: Worker) -> tuple[float, float] | None:
         """Seconds for a prefilled token and for a decode step; None where they cannot be told from noise."""
-        none = prefill = decode = float("inf")
-        tokens = 0
+        none = decode = inf
         for _ in range(_ROUNDS):
-            text = " ".join(f"{random.getrandbits(16):x}" for _ in range(_WORDS))
-            took, _ = await self._seconds(worker)
-            none = min(none, took)
-            took, _ = await self._seconds(worker, max_tokens=1 + _STEPS, ignore_eos=True)
-            decode = min(decode, took)
-            took, tokens = await self._seconds(worker, prompt=text)
-            prefill = min(prefill, took)
-        if not tokens or prefill <= none or decode <= none:
+            none = min(none, (await self._seconds(worker))[0])
+            decode = min(decode, (await self._seconds(worker, max_tokens=1 + _STEPS, ignore_eos=True))[0])
+        for words in (_WORDS, _MORE * _WORDS):
+            prefill, tokens = inf, 0
+            for _ in range(_ROUNDS):
+                text = " ".join(f"{random.getrandbits(16):x}" for _ in range(words))
+                took, tokens = await self._seconds(worker, prompt=text)
+                prefill = min(prefill, took)
+            if prefill > 2 * none:
+                break
+        if prefill <= 1.5 * none or decode <= none:
             return None
         return (prefill - none) / tokens, (decode - none) / _STEPS
 
@@ -114,7 +123,7 @@ class Probe:
         took = time.perf_counter() - began
         usage = answer.get("usage") if status == 200 and isinstance(answer, dict) else None
         tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        if not isinstance(tokens, int):
+        if not isinstance(tokens, int) or tokens < 1:
             raise ValueError(f"status {status} without usage")
         return took, tokens
 

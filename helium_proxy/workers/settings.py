@@ -68,7 +68,8 @@ class WorkersSettings(BaseModel):
         description="Find out by one call of a token whether a vLLM worker takes priorities and has the plugin.",
     )
     calibrate: bool = Field(
-        True, description="Time a vLLM worker that comes up idle with six short calls, so that its rates are known."
+        True,
+        description="Time a vLLM worker that was probed and is idle with some short calls, to know its rates.",
     )
     kv_events: bool = Field(
         True, description="Follow the KV events of workers that publish them, instead of guessing what is evicted."

@@ -17,6 +17,7 @@ from helium_proxy.workflow.template import ROOT, Key, NodeStats, Template
 
 _LIKELY = 0.5
 """Edges at least this probable make up the expected rest of a run."""
+_NEVER = 0.1
 _ALWAYS = 0.9
 """Share of a node's calls that have a parent of some key, above which that key alone drives its count."""
 
@@ -173,9 +174,10 @@ class Forecast:
         node = self._known(call)
         if node is not None:
             known["path_calls"], known["path_output_tokens"], known["path_prompt_tokens"] = node.path
-            known["descends"] = round(self.descends((call.base, call.iteration)))
+            descends = self.descends((call.base, call.iteration))
+            known["descends"] = round(descends)
             # What has not followed yet in runs that still go may yet follow.
-            known["last"] = node.stats.closed > 0 and not known["descends"]
+            known["last"] = node.stats.closed > 0 and descends < _NEVER
             known["static_messages"] = node.stats.static_messages
         return known
 

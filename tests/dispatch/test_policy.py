@@ -221,7 +221,7 @@ def test_an_idle_worker_is_used_though_the_prefix_is_elsewhere() -> None:
 
 def test_calls_that_share_a_prefix_run_side_by_side() -> None:
     """Two roles with long instructions, alternating in the queue; a worker that holds one and four questions."""
-    state = fleet(1, capacity=60, working_sets=False)
+    state = fleet(1, capacity=60)
     roles = [blocks("pro", 40), blocks("contra", 40)]
     for i in range(12):
         state.enqueue(call(blocks(f"q{i}", 1, roles[i % 2]), output=16, run_seq=i + 1), 0.0)
@@ -278,7 +278,7 @@ def test_a_burst_of_arrivals_is_placed_in_several_decisions() -> None:
 
 def test_the_room_of_a_finished_call_is_kept_for_the_next_of_its_run() -> None:
     for keeps in (True, False):
-        state = fleet(1, capacity=100, keep_places=keeps, working_sets=False)
+        state = fleet(1, capacity=100, keep_places=keeps)
         old = blocks("old run", 60)
         first, _ = ask(state, call(old, run_seq=1), call(blocks("beside it", 10), run_seq=2))
         new = call(blocks("new run", 60), run_seq=3)
@@ -290,7 +290,7 @@ def test_the_room_of_a_finished_call_is_kept_for_the_next_of_its_run() -> None:
 
 
 def test_what_is_kept_in_vain_is_given_up() -> None:
-    state = fleet(1, capacity=100, working_sets=False)
+    state = fleet(1, capacity=100)
     first, _ = ask(state, call(blocks("old run", 60), run_seq=1), call(blocks("beside it", 10), run_seq=2))
     new = call(blocks("new run", 60), run_seq=3)
     assert ask(state, new) == []

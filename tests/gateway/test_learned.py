@@ -47,6 +47,36 @@ async def test_a_worker_that_comes_up_idle_is_timed(stack: Stack) -> None:
     assert len(set(prompts)) == len(prompts) == 2, "nothing of them is cached"
 
 
+async def test_where_a_short_prompt_takes_no_longer_than_a_step_a_longer_one_is_timed(stack: Stack) -> None:
+    async def work(seen: Seen) -> None:
+        tokens = len(str(seen.body["prompt"]).split())
+        await asyncio.sleep(max(0.02, 0.0001 * tokens) + 0.02 * (seen.body["max_tokens"] - 1))
+        await seen.json({"choices": [], "usage": {"prompt_tokens": tokens}})
+
+    worker = await stack.fake(always=work)
+    worker.card = lambda model: {"id": model, "owned_by": "vllm"}  # type: ignore[method-assign]
+    proxy = await stack.proxy(worker)
+    (watched,) = proxy.services.pool.all()
+    await until(lambda: watched.facts.alone_s is not None)
+    lengths = [len(s.body["prompt"].split()) for s in worker.seen if s.body["prompt"] != "."]
+    assert lengths == [96, 96, 768, 768]
+
+
+async def test_a_worker_that_was_not_alone_is_timed_another_time(stack: Stack) -> None:
+    async def work(seen: Seen) -> None:
+        watched.sent += 1  # as if a call had been sent meanwhile
+        await asyncio.sleep(0.01 * seen.body["max_tokens"])
+        await seen.json({"choices": [], "usage": {"prompt_tokens": 1}})
+
+    worker = await stack.fake(always=work)
+    worker.card = lambda model: {"id": model, "owned_by": "vllm"}  # type: ignore[method-assign]
+    proxy = await stack.proxy(worker)
+    (watched,) = proxy.services.pool.all()
+    await until(lambda: len(worker.seen) >= 9)
+    await asyncio.sleep(0.05)
+    assert watched.facts.alone_s is None
+
+
 async def test_a_worker_is_not_timed_where_that_is_turned_off(stack: Stack) -> None:
     engine = await stack.engine(policy="priority")
     proxy = await stack.proxy(engine, pool={"calibrate": False})

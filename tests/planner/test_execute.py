@@ -85,7 +85,7 @@ async def test_calls_start_in_plan_order_with_its_worker_and_hints() -> None:
     assert first.hints is not None
     assert (first.hints.path_calls, first.hints.path_output_tokens, first.hints.descends) == (1, 8.0, 1)
     assert first.hints.path_prompt_tokens == run.plan.tree.prompts[2]
-    assert (first.hints.output_tokens, first.hints.run_seq) == (8.0, 7)
+    assert (first.hints.output_tokens, first.hints.run_seq, first.hints.row) == (8.0, 7, 0)
     assert last.hints is not None
     assert (last.hints.path_calls, last.hints.descends, last.hints.siblings_to_come) == (0, 0, 0)
     siblings = [

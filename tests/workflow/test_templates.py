@@ -124,6 +124,7 @@ def test_hints_on_a_known_workflow() -> None:
     assert first.path_calls == 3 + 1 + 9 + 1
     assert trader.path_calls == 10
     assert fund.path_calls == fund.descends == 0
+    assert [hint.last for hint in (first, trader, fund)] == [False, False, True]
     assert first.siblings_to_come == 3
     assert hints["technical"].siblings_to_come == 0
     assert [hints[f"trader{at}"].siblings_to_come for at in (0, 3, 7)] == [7, 4, 0]
@@ -158,6 +159,15 @@ def test_a_first_batch_teaches_itself() -> None:
     behind = fresh.arrive([system("x"), user("q")], workflow="shape", run="behind", node="expert0", parents=[])
     assert behind.hints.path_calls == 1
     assert behind.hints.siblings_to_come == 6
+
+
+def test_what_has_not_been_followed_yet_in_runs_that_still_go_may_be() -> None:
+    driver = Driver(EAGER)
+    for run in ("one", "two"):
+        arrival = driver.arrive([system("x"), user("q")], workflow="shape", run=run, node="draft", parents=[])
+        driver.finish(arrival.call)
+    again = driver.arrive([system("x"), user("q")], workflow="shape", run="three", node="draft", parents=[])
+    assert (again.hints.output_samples, again.hints.descends, again.hints.last) == (2, 0, False)
 
 
 def test_fan_out_follows_what_the_run_has_shown() -> None:
