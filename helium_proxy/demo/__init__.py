@@ -129,6 +129,7 @@ async def _through(engines: Engines, port: int, model: str, batch: int, console:
 
 
 async def _measure(engines: Engines, agent: Agent, batch: int, name: str, console: Console) -> Measured:
+    await engines.settle()
     if not await engines.forget():
         agent.extra = _apart()
     before = await engines.counters()

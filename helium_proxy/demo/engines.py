@@ -10,6 +10,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 _START_S = 30.0
+_SETTLE_S = 5.0
 _COUNTERS = {
     "vllm:prompt_tokens_total": "prompt",
     "vllm:prompt_tokens_cached_total": "cached",
@@ -90,6 +91,13 @@ class Engines:
         """The sum over all engines."""
         pages = await asyncio.gather(*(self._client.get(f"{url}/metrics") for url in self.urls))
         return sum((read_counters(page.text) for page in pages), Tokens())
+
+    async def settle(self) -> None:
+        """Returns once they have computed nothing for a moment: a proxy that has come up times its workers."""
+        before, deadline = None, time.monotonic() + _SETTLE_S
+        while (now := await self.counters()) != before and time.monotonic() < deadline:
+            before = now
+            await asyncio.sleep(0.5)
 
     async def forget(self) -> bool:
         """Empties all prefix caches; False if an engine does not offer that (vLLM does in its development mode)."""
