@@ -137,10 +137,8 @@ class Dispatcher:
             known.epoch = worker.epoch
             known.clear()
             self.state.lost(worker.id)
-        if facts.alone_s is not None and facts.alone_s != known.alone_s:
-            known.alone_s = facts.alone_s
+        if facts.alone_s is not None:
             known.rates.calibrated(*facts.alone_s)
-            known.version += 1
         self._came_up.set()
         self._came_up = asyncio.Event()
         self._pump_soon()
@@ -263,9 +261,8 @@ class Dispatcher:
         ]
         for call in queued.values():
             workers = [w for w in self.state.serving(call.model) if w.open]
-            if not workers or not self.state.withdraw(call):
+            if not workers or not self.state.take(call):
                 continue
-            self.state.flights.arrived(call.flight, call.workflow, (), now)
             worker = min(workers, key=lambda w: len(w.running))
             blind = replace(call, chain=(), hits={})
             assignment = Assignment(blind, worker.id, 0, "least-loaded", 0, now, 0.0, 0.0)

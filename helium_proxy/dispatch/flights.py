@@ -10,7 +10,8 @@ How much that is, is learned for each workflow from runs that have ended; of one
 taken to write a multiple of what its first call does. A run has ended when the template says so, or when its next
 call has not come in the time in which nearly all of that workflow's do.
 
-Whether it pays to wait is another question, since a smaller batch costs time, too: see `WorkerState.full_batch`.
+Whether it pays to wait is another question, since a smaller batch costs time, too, and depends on how often calls of
+the workflow come back: see `WorkerState.full_batch`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import heapq
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from helium_proxy.dispatch.patience import Patience
 from helium_proxy.residency.index import Chain
 
 Group = tuple[str, str, str]
@@ -29,7 +31,7 @@ RunKey = tuple[int, int | None]
 _GROUPS = 10_000
 _RUNS = 20_000
 _TAILS = 256
-"""Calls of a run, after which it is taken to come back to none of them."""
+"""So many calls of a run are remembered for others to come back to."""
 _GROWTH = 3.0
 """What a run writes after its first call, in multiples of what that writes, as long as nothing is known."""
 _FIRST_GAP_S = 0.1
@@ -41,7 +43,8 @@ _JUDGED = 4.0
 _SMOOTH = 0.1
 _ENOUGH = 4
 """Ended runs, after which they are believed."""
-_RARELY = 0.1
+_CAME_BACK = 0.5
+"""The share of calls that come back, as long as nothing is known."""
 
 
 @dataclass(slots=True)
@@ -54,28 +57,25 @@ class Habits:
     ended: int = 0
     written: float = 0.0
     """Mean of the ended runs on a worker."""
-    came_back: float = 1.0
-    """Share of them that came back to what they had written."""
-    gap_s: float = _FIRST_GAP_S
-    deviation_s: float = _FIRST_GAP_S
-    """Of the time from a run's last answer to its next call."""
+    came_back: float = _CAME_BACK
+    """The share of their calls that came back to what the run had written."""
+    pause: Patience = field(default_factory=lambda: Patience(_FIRST_GAP_S, _FIRST_GAP_S))
+    """From a run's last answer to its next call."""
 
     @property
     def patience_s(self) -> float:
-        """Within this time the next call has come if any will (as RFC 6298 has it)."""
-        return min(_LONGEST_S, max(_LEAST_S, self.gap_s + 4 * self.deviation_s))
+        """Within this time the next call has come if any will."""
+        return min(_LONGEST_S, max(_LEAST_S, self.pause.seconds))
 
     def paused(self, gap_s: float) -> None:
-        gap_s = min(gap_s, _LONGEST_S)
-        self.deviation_s += _SMOOTH * (abs(gap_s - self.gap_s) - self.deviation_s)
-        self.gap_s += _SMOOTH * (gap_s - self.gap_s)
+        self.pause.came(min(gap_s, _LONGEST_S))
 
     def began(self, blocks: float) -> None:
         self.begun += 1
         if self.begun > 1:
             self.first = min(self.first or blocks, blocks)
 
-    def over(self, written: float, *, came_back: bool) -> None:
+    def over(self, written: float, came_back: float) -> None:
         self.ended += 1
         share = max(_SMOOTH, 1 / self.ended)
         self.written += share * (written - self.written)
@@ -105,9 +105,11 @@ class _Flight:
     until: float = 0.0
     """When it counts as pausing, and then as ended, if it stays idle."""
     pauses: bool = False
-    came_back: bool = False
+    arrived: int = 0
+    came_back: int = 0
+    """Calls so far, and those of them that extend another."""
     tails: set[int] = field(default_factory=set)
-    """Last blocks of its prompts, until it has come back to one."""
+    """Last blocks of their prompts."""
     written: dict[str, _Written] = field(default_factory=dict)
     """By worker."""
 
@@ -165,17 +167,16 @@ class Flights:
 
     def fits(self, run: RunKey, group: Group, worker: str, blocks: int, capacity: int) -> bool:
         """Whether a call of `run` that will write `blocks` may start on a worker of `capacity` blocks without driving
-        others out: its run has been there, is the only one of its workflow, does not come back, or fits."""
+        others out: its run has been there, is the only one of its workflow, or fits."""
         here = self._here.get(worker)
         if here is None or not here.runs or not run[0]:
             return True
         flight = self._runs.get(run)
         if flight is not None and worker in flight.written:
             return True
-        habits = self.habits(group)
-        if habits.came_back < _RARELY or all(other.group != group for other in here.runs.values()):
+        if all(other.group != group for other in here.runs.values()):
             return True
-        return self.committed(worker) + habits.working_set(blocks) <= capacity
+        return self.committed(worker) + self.habits(group).working_set(blocks) <= capacity
 
     def arrived(self, run: RunKey, group: Group, chain: Chain, now: float) -> None:
         """A call of `run` waits."""
@@ -194,10 +195,12 @@ class Flights:
         elif not flight.calls:
             habits.paused(now - flight.idle_since)
         flight.calls += 1
+        flight.arrived += 1
         flight.pauses = False
-        if chain and not flight.came_back and len(flight.tails) < _TAILS:
-            flight.came_back = not flight.tails.isdisjoint(chain[:-1])  # (an equal prompt is a retry)
-            flight.tails.add(chain[-1])
+        if chain:
+            flight.came_back += not flight.tails.isdisjoint(chain[:-1])  # (an equal prompt is a retry)
+            if len(flight.tails) < _TAILS:
+                flight.tails.add(chain[-1])
 
     def started(self, run: RunKey, worker: str, blocks: int) -> None:
         """A call of `run` runs on `worker`, where it writes `blocks`."""
@@ -240,7 +243,7 @@ class Flights:
 
     def expire(self, now: float) -> None:
         """Runs whose next call has not come pause, and have ended after some time more."""
-        while (end := self._next()) is not None and end <= now:
+        while (end := self.next_end()) is not None and end <= now:
             _, run = heapq.heappop(self._ends)
             flight = self._runs[run]
             if flight.pauses:
@@ -253,7 +256,13 @@ class Flights:
 
     def next_end(self) -> float | None:
         """When the next run may no longer be in flight."""
-        return self._next()
+        while self._ends:
+            until, run = self._ends[0]
+            flight = self._runs.get(run)
+            if flight is not None and not flight.calls and flight.until == until:
+                return until
+            heapq.heappop(self._ends)
+        return None
 
     def gone(self, worker: str) -> None:
         """`worker` was lost, or its cache."""
@@ -266,20 +275,11 @@ class Flights:
         flight.until = until
         heapq.heappush(self._ends, (until, run))
 
-    def _next(self) -> float | None:
-        while self._ends:
-            until, run = self._ends[0]
-            flight = self._runs.get(run)
-            if flight is not None and not flight.calls and flight.until == until:
-                return until
-            heapq.heappop(self._ends)
-        return None
-
     def _end(self, run: RunKey) -> None:
         flight = self._runs.pop(run)
         habits = self.habits(flight.group)
         for written in flight.written.values():
-            habits.over(written.total, came_back=flight.came_back)
+            habits.over(written.total, flight.came_back / flight.arrived)
         self._land(run, flight)
         self._over[run] = flight.idle_since
         while len(self._over) > _RUNS:

@@ -100,16 +100,15 @@ def _fill(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState, n
         return assignments  # nothing has changed since its next call found no room
     while lane and not worker.saturated(settings):
         first = queue.turn(lane)[0][1]
-        call = best = _next(state, queue, lane, worker, first)
-        if best is not None and not worker.has_room(best, settings, now, kept):
-            call = _backfill(state, queue, lane, worker, best, now, kept)
-        if call is None or best is None:
+        call = _next(state, queue, lane, worker, first)
+        if call is not None and not worker.has_room(call, settings, now, kept):
+            passed, call = call, _backfill(state, queue, lane, worker, call, now, kept)
+            passed.passed += _PASSES // _BACKFILLS if call is not None else 0
+        elif call is not None and call is not first:
+            first.passed += 1
+        if call is None:
             lane.blocked = worker.version, kept, state.flights.gone_from(worker.id)
             break
-        if call is not best:
-            best.passed += _PASSES // _BACKFILLS
-        elif call is not first:
-            first.passed += 1
         assignments.append(_start(state, queue, call, worker, call.reason, now))
     return assignments
 

@@ -68,7 +68,7 @@ class Rates:
         self._prefilled_at = 0.0
         # Decayed sums over calls, of 1, x, y, x², xy; per output token, x: tokens prefilled meanwhile, y: seconds.
         self._moments = [0.0] * 5
-        self._measured_s: float | None = None  # `calibrated`'s prefill of a token
+        self._alone_s: tuple[float, float] | None = None  # what it was `calibrated` with
         # The window under way: busy seconds, and work of the calls that ended in it; and what had been done of those
         # that ran when it began.
         self._busy = self._ended = self._before = 0.0
@@ -130,9 +130,10 @@ class Rates:
     def calibrated(self, prefill_token_s: float, step_s: float) -> None:
         """What one call alone took when the worker came up: for a prefilled token, and for a step that prefills
         nothing. Calls of one batch are often too much alike to tell these two apart."""
-        if step_s <= 0:
+        if step_s <= 0 or self._alone_s == (prefill_token_s, step_s):
             return
-        self.stall_s = self._measured_s = min(_MOST_S, max(_LEAST_S, prefill_token_s))
+        self._alone_s = prefill_token_s, step_s
+        self.stall_s = min(_MOST_S, max(_LEAST_S, prefill_token_s))
         self.bare_step_s = step_s
         if not self._windows:
             self.prefill_s = self.stall_s
@@ -159,7 +160,7 @@ class Rates:
         """Least squares over the calls so far, as ridge regression towards what was timed, or `prefill_s`."""
         moments = zip(self._moments, (1.0, x, y, x * x, x * y), strict=True)
         n, sx, sy, sxx, sxy = self._moments = [_FORGET_CALLS * before + new for before, new in moments]
-        believed = self.prefill_s if self._measured_s is None else self._measured_s
+        believed = self.prefill_s if self._alone_s is None else self._alone_s[0]
         prior = _PRIOR_CALLS * sxx / n
         slope = (sxy - sx * sy / n + prior * believed) / (sxx - sx * sx / n + prior) if sxx else believed
         self.stall_s = min(_MOST_S, max(_LEAST_S, slope))

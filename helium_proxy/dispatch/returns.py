@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from helium_proxy.dispatch.patience import Patience
 from helium_proxy.residency.index import Chain
 
 Key = tuple[str, str]
@@ -40,11 +41,10 @@ _LEAST_S = 0.02
 
 @dataclass(slots=True)
 class Habit:
-    """How calls of one node come back: the share that does, mean time and mean deviation of those."""
+    """How calls of one node come back: the share that does, and when."""
 
     probability: float = _FIRST_PROBABILITY
-    mean_s: float = _FIRST_S
-    deviation_s: float = _FIRST_S
+    after: Patience = field(default_factory=lambda: Patience(_FIRST_S, _FIRST_S))
     seen: bool = False
     """Whether any has come back."""
     kept: int = 0
@@ -55,14 +55,13 @@ class Habit:
 
     @property
     def patience_s(self) -> float:
-        """Within this time nearly all have come back that will (TCP's retransmission timer, RFC 6298)."""
-        return max(_LEAST_S, self.mean_s + 4 * self.deviation_s)
+        """Within this time nearly all have come back that will."""
+        return max(_LEAST_S, self.after.seconds)
 
     def came(self, after_s: float) -> None:
         self.seen = True
         self.probability += _SMOOTH * (1 - self.probability)
-        self.deviation_s += _SMOOTH * (abs(after_s - self.mean_s) - self.deviation_s)
-        self.mean_s += _SMOOTH * (after_s - self.mean_s)
+        self.after.came(after_s)
         self.trust = min(_AWAITED, self.trust + 1)
 
     def stayed_away(self) -> None:
@@ -120,7 +119,7 @@ class Returns:
         habit = self.habit(key)
         window = min(_LONGEST_S, whole_s)
         worth_s = habit.probability * window
-        pays = habit.kept < habit.trust and habit.mean_s < worth_s
+        pays = habit.kept < habit.trust and habit.after.mean_s < worth_s
         until = now
         if pays:
             habit.kept += 1

@@ -41,8 +41,6 @@ class WorkerState:
     allowance: int | None = None
     """Calls that it may be given until it has shown that it is well; None: any number."""
     epoch: int = 0
-    alone_s: tuple[float, float] | None = None
-    """What its rates were calibrated with."""
     # -- state
     residency: WorkerResidency = field(init=False)
     rates: Rates = field(default_factory=Rates)
@@ -165,15 +163,15 @@ class WorkerState:
         loss_s = _PREEMPTED * rates.stall_s * blocks * (self.block_size or call.block_size) * len(self.running)
         return max(0.0, 1 - loss_s / gain_s) if gain_s else 0.0
 
-    def full_batch(self, call: QueuedCall) -> float:
-        """From how many running calls on a cached prefix is worth more than a larger batch: one of twice the size
-        would save half of a call's part of the steps, and a prefix that is lost costs its prefill. Not known
-        before both have been measured: a batch is never full then."""
+    def full_batch(self, call: QueuedCall, came_back: float) -> float:
+        """From how many running calls on a cached prefix is worth more than a larger batch, if a share of
+        `came_back` of all calls comes back to one: a batch of twice the size would save half of a call's part of the
+        steps, and a prefix that is lost costs its prefill. Not known before both have been measured: a batch is
+        never full then."""
         rates = self.rates
-        if not rates.bare_step_s:
-            return inf
         own = self.room_for(call) * (self.block_size or call.block_size)
-        return rates.bare_step_s * call.output_tokens / (rates.stall_s * own)
+        loss_s = came_back * rates.stall_s * own
+        return rates.bare_step_s * call.output_tokens / 2 / loss_s if rates.bare_step_s and loss_s else inf
 
     def admit(self, assignment: Assignment) -> None:
         call, now = assignment.call, assignment.started_at
@@ -249,12 +247,12 @@ class DispatchState:
 
     def leave(self, worker: str) -> None:
         """A worker is gone, known or not; so are the calls that it runs."""
+        self.lost(worker)
         known = self.workers.pop(worker, None)
         if known is not None:
             known.residency.close()
-        self.lost(worker)
-        for assignment in known.running.values() if known is not None else ():
-            self.flights.withdrawn(assignment.call.flight)
+            for assignment in known.running.values():
+                self.flights.withdrawn(assignment.call.flight)
 
     def lost(self, worker: str) -> None:
         """The cache of `worker` is gone."""
@@ -281,13 +279,19 @@ class DispatchState:
         queue.push(call)
 
     def withdraw(self, call: QueuedCall) -> bool:
+        """Takes a call out of the queue that nobody wants any more; False when it was no longer there."""
+        if not self.take(call):
+            return False
+        self.flights.withdrawn(call.flight)
+        return True
+
+    def take(self, call: QueuedCall) -> bool:
         """Takes a call out of the queue; False when it was no longer there."""
         queue = self.queues.get(call.model)
         if queue is None or not queue.remove(call):
             return False
         if not queue:
             del self.queues[call.model]
-        self.flights.withdrawn(call.flight)
         return True
 
     def release(self, worker: str, call: str, now: float, extension: Chain = (), *, ok: bool = True) -> bool:
@@ -326,15 +330,17 @@ class DispatchState:
         """Whether calls like `call` may start on `worker` whatever runs are in flight there."""
         settings, running = self.settings, len(worker.running)
         limited = settings.working_sets and settings.admission and settings.ordering == "run"
-        return not limited or not running or worker.capacity is None or running < worker.full_batch(call)
+        if not limited or not running or worker.capacity is None:
+            return True
+        return running < worker.full_batch(call, self.flights.habits(call.workflow).came_back)
 
     def may_begin(self, call: QueuedCall, worker: WorkerState) -> bool:
         """Whether `call` may start on `worker`, as far as the runs in flight there are concerned (not whether it has
         room)."""
-        if worker.capacity is None or call.hints.deadline_s is not None or self.begins_all(call, worker):
+        if call.hints.deadline_s is not None or self.begins_all(call, worker):
             return True
         blocks = len(call.chain) - worker.matches(call)[0] + worker.anonymous_blocks(call)
-        return self.flights.fits(call.flight, call.workflow, worker.id, blocks, worker.capacity)
+        return self.flights.fits(call.flight, call.workflow, worker.id, blocks, worker.capacity or 0)
 
     def expire(self, now: float) -> None:
         """Gives up what has been waited for long enough."""

@@ -82,7 +82,7 @@ def build_services(settings: Settings) -> Services:
     async def meet(worker: Worker) -> None:
         await asyncio.gather(tokenizers.learn(worker), probe.learn(worker))
         await events.follow(worker)
-        await probe.time(worker)
+        await probe.time_alone(worker)
         if pool.get(worker.id) is worker:
             dispatcher.worker_changed(worker)
 

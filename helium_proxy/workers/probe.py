@@ -80,7 +80,7 @@ class Probe:
         self._answered.add(worker.id)
         log.info("worker probed", worker=worker.id, priority=has_priority, plugin=has_plugin)
 
-    async def time(self, worker: Worker) -> None:
+    async def time_alone(self, worker: Worker) -> None:
         """Sets `alone_s` of a worker that `learn` has understood and that has nothing to do. Never raises."""
         epoch, busy = worker.epoch, worker.facts.running or worker.facts.waiting or worker.inflight
         if not self._calibrate or busy or worker.id not in self._answered:

@@ -18,6 +18,7 @@ from helium_proxy.workflow.template import ROOT, Key, NodeStats, Template
 _LIKELY = 0.5
 """Edges at least this probable make up the expected rest of a run."""
 _NEVER = 0.1
+"""Calls expected to follow, below which none is."""
 _ALWAYS = 0.9
 """Share of a node's calls that have a parent of some key, above which that key alone drives its count."""
 

@@ -54,11 +54,12 @@ def test_what_runs_write_is_learned_from_those_that_ended() -> None:
     assert how_many(known, 6, 80) == 10
 
 
-def test_runs_that_never_come_back_are_not_limited() -> None:
-    known = Flights()
-    for run in range(1, 9):
-        whole(known, run, 6, back=False)
-    assert how_many(known, 6, 10) == 100
+def test_how_often_calls_come_back_is_learned() -> None:
+    for back in (True, False):
+        known = Flights()
+        for run in range(1, 9):
+            whole(known, run, 6, back=back)
+        assert known.habits(GROUP).came_back == (0.5 if back else 0), "the second of two calls"
 
 
 def test_a_run_in_flight_goes_on_and_every_workflow_may_have_one() -> None:
@@ -97,13 +98,13 @@ def test_a_run_that_pauses_for_longer_than_others_has_not_ended() -> None:
     known.arrived((1, None), GROUP, (1, 2), 11.0)
     habits = known.habits(GROUP)
     assert habits.ended == 0
-    assert habits.gap_s > 0.15, "that was a pause of a second"
+    assert habits.pause.mean_s > 0.15, "that was a pause of a second"
     assert known.fits((1, None), GROUP, "w0", 50, 10), "it comes back to what it wrote"
     known.started((1, None), "w0", 5)
     assert known.committed("w0") == 95
     known.left((1, None), 12.0, last=True)
     known.arrived((1, None), GROUP, (1, 2, 3), 15.0)
-    assert habits.gap_s > 0.4, "also where it had been taken to have ended"
+    assert habits.pause.mean_s > 0.4, "also where it had been taken to have ended"
 
 
 def test_a_run_that_is_given_up_teaches_nothing() -> None:
@@ -185,6 +186,13 @@ def test_runs_in_flight_go_before_those_that_wait_and_these_follow() -> None:
     end = state.flights.next_end()
     assert end is not None
     assert [a.call.hints.run_seq for a in decide(state, end)] == [5], "it has ended, and another one begins"
+
+
+def test_runs_that_never_come_back_are_not_limited() -> None:
+    state = _worker(1e-3)
+    for run in range(1000, 1008):
+        whole(state.flights, run, 6, back=False)
+    assert _started(state) == 12
 
 
 def _first(run: int, **fields: Any) -> QueuedCall:

@@ -125,7 +125,7 @@ def test_the_time_that_is_waited_follows_the_pauses() -> None:
         finish(awaited, turn * 100.0, chain)
         awaited.arrived((*chain, 1), turn * 100.0 + 2.0)
     habit = awaited.habit(KEY)
-    assert abs(habit.mean_s - 2.0) < 0.1
+    assert abs(habit.after.mean_s - 2.0) < 0.1
     finish(awaited, 20_000.0)
     end = awaited.next_end()
     assert end is not None

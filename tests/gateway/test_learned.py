@@ -12,6 +12,7 @@ from serving import Engine, Proxy, Seen, Stack, answer, until
 
 from helium_proxy.gateway.events import EventFeeds
 from helium_proxy.residency.kv_events import EventSource
+from helium_proxy.workers.probe import Probe
 
 from .reviews import probed, words
 
@@ -63,18 +64,25 @@ async def test_where_a_short_prompt_takes_no_longer_than_a_step_a_longer_one_is_
 
 
 async def test_a_worker_that_was_not_alone_is_timed_another_time(stack: Stack) -> None:
+    alone = False
+
     async def work(seen: Seen) -> None:
-        watched.sent += 1  # as if a call had been sent meanwhile
-        await asyncio.sleep(0.01 * seen.body["max_tokens"])
-        await seen.json({"choices": [], "usage": {"prompt_tokens": 1}})
+        watched.sent += not alone  # as if a call had been sent meanwhile
+        tokens = len(str(seen.body["prompt"]).split())
+        await asyncio.sleep(0.0005 * tokens + 0.005 * seen.body["max_tokens"])
+        await seen.json({"choices": [], "usage": {"prompt_tokens": tokens}})
 
     worker = await stack.fake(always=work)
     worker.card = lambda model: {"id": model, "owned_by": "vllm"}  # type: ignore[method-assign]
-    proxy = await stack.proxy(worker)
+    proxy = await stack.proxy(worker, pool={"probe": False})
     (watched,) = proxy.services.pool.all()
-    await until(lambda: len(worker.seen) >= 9)
-    await asyncio.sleep(0.05)
+    probe = Probe(proxy.services.client, enabled=True, calibrate=True)
+    await probe.learn(watched)
+    await probe.time_alone(watched)
     assert watched.facts.alone_s is None
+    alone = True
+    await probe.time_alone(watched)
+    assert watched.facts.alone_s is not None
 
 
 async def test_a_worker_is_not_timed_where_that_is_turned_off(stack: Stack) -> None:
