@@ -165,14 +165,16 @@ class Flights:
                 here.committed += max(written.total, self.habits(flight.group).working_set(written.first))
         return here.committed
 
-    def fits(self, run: RunKey, group: Group, worker: str, blocks: int, capacity: int) -> bool:
-        """Whether a call of `run` that will write `blocks` may start on a worker of `capacity` blocks without driving
-        others out: its run has been there, is the only one of its workflow, or fits."""
-        here = self._here.get(worker)
-        if here is None or not here.runs or not run[0]:
-            return True
+    def has_begun(self, run: RunKey, worker: str) -> bool:
+        """Whether `run` has written something on `worker`; of a call of no run, always."""
         flight = self._runs.get(run)
-        if flight is not None and worker in flight.written:
+        return not run[0] or (flight is not None and worker in flight.written)
+
+    def fits(self, group: Group, worker: str, blocks: int, capacity: int) -> bool:
+        """Whether a run whose first call writes `blocks` may begin on a worker of `capacity` blocks without driving
+        others out: it is the only one of its workflow there, or it fits."""
+        here = self._here.get(worker)
+        if here is None or not here.runs:
             return True
         if all(other.group != group for other in here.runs.values()):
             return True

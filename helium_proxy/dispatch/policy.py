@@ -40,6 +40,8 @@ _PASSES = 256
 """So many calls may go before one of lower rank until none may any more."""
 _SEARCHED = 4096
 """Waiting calls of a workflow, among which those are sought that may begin."""
+_ASKED = 8
+"""Of these, runs that are new to a worker: they are much alike, and to see whether one may begin costs more."""
 _BACKFILLS = 16
 """So many may go before one that finds no room."""
 
@@ -157,10 +159,21 @@ def _eligible(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerStat
     waiting = queue.turn(lane)
     if state.begins_all(waiting[0][1], worker):
         return [call for rank, call in waiting[:window] if rank[0] == waiting[0][0][0]]
+    has_begun = state.flights.has_begun
     for waiting in queue.in_turn(lane):
-        may = [entry for entry in waiting[:_SEARCHED] if state.may_begin(entry[1], worker)]
-        if may:
-            return [call for rank, call in may[:window] if rank[0] == may[0][0][0]]
+        asked = _ASKED
+        found: list[QueuedCall] = []
+        for rank, call in waiting[:_SEARCHED]:
+            if found and (rank[0] != found[0].rank[0] or len(found) == window):
+                break
+            if call.hints.deadline_s is not None or has_begun(call.flight, worker.id):
+                found.append(call)
+            elif asked:
+                asked -= 1
+                if state.may_begin(call, worker):
+                    found.append(call)
+        if found:
+            return found
     return []
 
 

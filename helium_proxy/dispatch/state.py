@@ -335,12 +335,9 @@ class DispatchState:
         return running < worker.full_batch(call, self.flights.habits(call.workflow).came_back)
 
     def may_begin(self, call: QueuedCall, worker: WorkerState) -> bool:
-        """Whether `call` may start on `worker`, as far as the runs in flight there are concerned (not whether it has
-        room)."""
-        if call.hints.deadline_s is not None or self.begins_all(call, worker):
-            return True
+        """Whether the run of `call` may begin on `worker` beside those in flight there, where not all may."""
         blocks = len(call.chain) - worker.matches(call)[0] + worker.anonymous_blocks(call)
-        return self.flights.fits(call.flight, call.workflow, worker.id, blocks, worker.capacity or 0)
+        return self.flights.fits(call.workflow, worker.id, blocks, worker.capacity or 0)
 
     def expire(self, now: float) -> None:
         """Gives up what has been waited for long enough."""

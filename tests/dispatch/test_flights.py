@@ -34,7 +34,7 @@ def how_many(known: Flights, written: int, capacity: int) -> int:
     """Further runs, each of whose first calls writes so much, that may begin."""
     for run in range(1000, 1100):
         known.arrived((run, None), GROUP, (run,), 0.0)
-        if not known.fits((run, None), GROUP, "w0", written, capacity):
+        if not known.fits(GROUP, "w0", written, capacity):
             return run - 1000
         known.started((run, None), "w0", written)
     return 100
@@ -66,10 +66,11 @@ def test_a_run_in_flight_goes_on_and_every_workflow_may_have_one() -> None:
     known = Flights()
     begin(known, 1, written=90)
     begin(known, 2, written=90, worker="w1")
-    assert known.fits((1, None), GROUP, "w0", 50, 100)
-    assert not known.fits((2, None), GROUP, "w0", 50, 100)
-    assert known.fits((3, None), ("t", "demo", "other"), "w0", 50, 100)
-    assert known.fits((0, None), GROUP, "w0", 50, 100), "a call of no run"
+    assert known.has_begun((1, None), "w0")
+    assert not known.has_begun((2, None), "w0")
+    assert not known.fits(GROUP, "w0", 50, 100)
+    assert known.fits(("t", "demo", "other"), "w0", 50, 100)
+    assert known.has_begun((0, None), "w0"), "a call of no run"
 
 
 def test_a_run_whose_next_call_does_not_come_has_ended() -> None:
@@ -99,7 +100,7 @@ def test_a_run_that_pauses_for_longer_than_others_has_not_ended() -> None:
     habits = known.habits(GROUP)
     assert habits.ended == 0
     assert habits.pause.mean_s > 0.15, "that was a pause of a second"
-    assert known.fits((1, None), GROUP, "w0", 50, 10), "it comes back to what it wrote"
+    assert known.has_begun((1, None), "w0"), "it comes back to what it wrote"
     known.started((1, None), "w0", 5)
     assert known.committed("w0") == 95
     known.left((1, None), 12.0, last=True)
