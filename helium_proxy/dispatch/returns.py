@@ -35,6 +35,8 @@ _LONGEST_S = 60.0
 _FIRST_PROBABILITY, _FIRST_S = 0.5, 0.02
 _FIRST_PATIENCE = 0.3
 """As a share of the time for which keeping a place pays: of a node whose calls have not come back yet, some may."""
+_MOST_KEPT = 0.5
+"""Of a worker's KV, with what ended after it: with more, hardly anything could run."""
 _SMOOTH = 0.1
 _LEAST_S = 0.02
 
@@ -50,8 +52,9 @@ class Habit:
     kept: int = 0
     """Places kept at this moment."""
     trust: int = 4
-    """The most that may be kept at a time: one more for each that comes back, half for each kept in vain. Else a
-    whole wave of calls would be waited for before the first of them has shown whether it comes."""
+    """The most that may be kept at a time: one more for each that comes back, half for each kept in vain (none soon,
+    where none has come back yet). Else a whole wave of calls would be waited for before the first of them has shown
+    whether it comes."""
 
     @property
     def patience_s(self) -> float:
@@ -110,9 +113,11 @@ class Returns:
                 self._habits.popitem(last=False)
         return habit
 
-    def finished(self, key: Key, chain: Chain, worker: str, blocks: int, whole_s: float, now: float) -> None:
-        """A call of `key` ended on `worker`, leaving `blocks` that nobody else holds. `whole_s`: seconds to prefill
-        as many tokens as the worker's KV cache has."""
+    def finished(
+        self, key: Key, chain: Chain, worker: str, blocks: int, capacity: int, whole_s: float, now: float
+    ) -> None:
+        """A call of `key` ended on `worker`, leaving `blocks` that nobody else holds. `capacity`: the worker's KV
+        blocks; `whole_s`: seconds to prefill as many tokens as they hold."""
         if not chain or not blocks:
             return
         self._forget(chain[-1])
@@ -125,7 +130,7 @@ class Returns:
             habit.kept += 1
             until += min(window, habit.patience_s) if habit.seen else _FIRST_PATIENCE * worth_s
             self._latest[worker] = max(until, self._latest.get(worker, 0.0))
-        elif worker in self._kept:
+        elif worker in self._kept and self.kept(worker) + blocks <= _MOST_KEPT * capacity:
             until = max(now, self._latest[worker])
         place = self._awaited[chain[-1]] = Place(key, worker, blocks if until > now else 0, pays, now, until)
         self._keep(worker, place.blocks)
@@ -155,7 +160,7 @@ class Returns:
             if place is not None and place.until == until:
                 if place.own:
                     habit = self.habit(place.key)
-                    habit.trust = max(1, habit.trust // 2)
+                    habit.trust = max(int(habit.seen), habit.trust // 2)
                 self._give_up(place)
         while self._judged and self._judged[0][0] <= now:
             _, block = heapq.heappop(self._judged)

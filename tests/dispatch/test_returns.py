@@ -8,10 +8,11 @@ from helium_proxy.dispatch.returns import Returns
 CHAIN = tuple(range(100, 120))
 NEXT = (*CHAIN, 7, 8, 9)
 KEY = ("workflow", "step")
+CAPACITY = 10_000
 
 
 def finish(awaited: Returns, now: float = 0.0, chain: tuple[int, ...] = CHAIN, whole_s: float = 10.0) -> None:
-    awaited.finished(KEY, chain, "w", 20, whole_s, now)
+    awaited.finished(KEY, chain, "w", 20, CAPACITY, whole_s, now)
 
 
 def test_room_is_kept_until_the_next_call_comes() -> None:
@@ -80,7 +81,7 @@ def test_what_ends_while_a_place_is_kept_is_kept_as_long_as_that() -> None:
     """It is evicted after the place's blocks, so that room made of it would be made of those."""
     awaited = Returns()
     later = tuple(range(1000, 1020))
-    awaited.habit(KEY).trust = 1
+    awaited.habit(KEY).trust, awaited.habit(KEY).seen = 1, True
     finish(awaited, 0.0)
     end = awaited.next_end()
     finish(awaited, 0.01, later)
@@ -143,8 +144,8 @@ def test_a_lost_worker_keeps_nothing() -> None:
 
 def test_an_empty_prompt_and_shared_blocks_need_no_place() -> None:
     awaited = Returns()
-    awaited.finished(KEY, (), "w", 0, 10.0, 0.0)
-    awaited.finished(KEY, CHAIN, "w", 0, 10.0, 0.0)
+    awaited.finished(KEY, (), "w", 0, CAPACITY, 10.0, 0.0)
+    awaited.finished(KEY, CHAIN, "w", 0, CAPACITY, 10.0, 0.0)
     assert awaited.kept("w") == 0
     assert awaited.next_end() is None
 
@@ -159,7 +160,7 @@ def test_the_same_prompt_again_has_one_place() -> None:
 def test_memory_is_bounded() -> None:
     awaited = Returns()
     for index in range(returns._AWAITED + 500):
-        awaited.finished((f"flow{index}", "n"), (index,), "w", 1, 10.0, 0.0)
+        awaited.finished((f"flow{index}", "n"), (index,), "w", 1, CAPACITY, 10.0, 0.0)
     assert len(awaited._awaited) == returns._AWAITED
     assert len(awaited._habits) == returns._KEYS
     assert awaited.kept("w") <= returns._AWAITED
@@ -168,3 +169,25 @@ def test_memory_is_bounded() -> None:
     assert not awaited._ends
     assert not awaited._judged
     assert awaited.kept("w") == 0
+
+
+def test_what_is_kept_leaves_half_of_the_worker_to_others() -> None:
+    awaited = Returns()
+    for index in range(100):
+        awaited.finished(KEY, (index,), "w", 20, 200, 10.0, 0.001 * index)
+    assert awaited.kept("w") == 100
+
+
+def test_where_nothing_comes_back_nothing_is_kept_after_the_first_wait() -> None:
+    """Although what a call's place is worth is known much later: a minute, on a worker that has not been timed."""
+    awaited = Returns()
+    now = 0.0
+    for index in range(10_000):
+        awaited.expire(now)
+        awaited.finished(KEY, (index,), "w", 20, CAPACITY, 60.0, now)
+        now += 0.01
+    assert awaited.kept("w") == 0
+    assert awaited.habit(KEY).trust == 0
+    awaited.arrived((9_999, 1), now)
+    awaited.finished(KEY, (10_000,), "w", 20, CAPACITY, 60.0, now)
+    assert awaited.kept("w") == 20, "until one does"
