@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from hypothesis import settings
@@ -197,6 +197,21 @@ def test_what_is_kept_in_vain_is_given_up() -> None:
     end = state.returns.next_end()
     assert end is not None
     assert [a.call for a in decide(state, end)] == [new]
+
+
+def test_runs_of_one_call_each_are_not_kept_waiting_by_what_others_have_left() -> None:
+    """Nothing ever comes back, and nobody has said so: 32 at a time run on a worker whose KV holds a thousand."""
+    state = fleet(1, capacity=10_000)
+    running: deque[Assignment] = deque()
+    waited = 0
+    for index in range(3_000):
+        now = 0.001 * index
+        running += ask(state, call(blocks(f"run {index}", 9), run_seq=index + 1, group="w", node="only"), now=now)
+        waited = max(waited, state.queued)
+        if len(running) + state.queued >= 32:
+            done = running.popleft()
+            assert state.release(done.worker, done.call.id, now)
+    assert waited == 0
 
 
 # -- always
