@@ -10,8 +10,9 @@ How much that is, is learned for each workflow from runs that have ended; of one
 taken to write a multiple of what its first call does. A run has ended when the template says so, or when its next
 call has not come in the time in which nearly all of that workflow's do.
 
-Whether it pays to wait is another question, since a smaller batch costs time, too, and depends on how often calls of
-the workflow come back: see `WorkerState.full_batch`.
+Whether it pays to wait is another question, since a smaller batch costs time, too (`WorkerState.full_batch`). It
+depends on how often calls of the workflow come back to what is gone. While that hardly happens, more may begin, as
+with the page fault frequency (Chu and Opderbeck, 1972): what runs write is an upper bound of what they come back to.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ _ENOUGH = 4
 """Ended runs, after which they are believed."""
 _CAME_BACK = 0.5
 """The share of calls that come back, as long as nothing is known."""
+_LOST = 1.0
+"""The share of these that would find it gone, if more runs began."""
+_LOST_SMOOTH = 0.02
+"""Slow: that too many have begun is noticed only when they come back."""
 
 
 @dataclass(slots=True)
@@ -59,6 +64,8 @@ class Habits:
     """Mean of the ended runs on a worker."""
     came_back: float = _CAME_BACK
     """The share of their calls that came back to what the run had written."""
+    lost: float = _LOST
+    """The share of these that found it gone, lately."""
     pause: Patience = field(default_factory=lambda: Patience(_FIRST_GAP_S, _FIRST_GAP_S))
     """From a run's last answer to its next call."""
 
@@ -66,6 +73,14 @@ class Habits:
     def patience_s(self) -> float:
         """Within this time the next call has come if any will."""
         return min(_LONGEST_S, max(_LEAST_S, self.pause.seconds))
+
+    @property
+    def losing(self) -> float:
+        """The share of all calls that come back to what is gone."""
+        return self.came_back * self.lost
+
+    def returned(self, *, gone: bool) -> None:
+        self.lost += _LOST_SMOOTH * (gone - self.lost)
 
     def paused(self, gap_s: float) -> None:
         self.pause.came(min(gap_s, _LONGEST_S))
@@ -105,11 +120,11 @@ class _Flight:
     until: float = 0.0
     """When it counts as pausing, and then as ended, if it stays idle."""
     pauses: bool = False
-    arrived: int = 0
+    started: int = 0
     came_back: int = 0
     """Calls so far, and those of them that extend another."""
-    tails: set[int] = field(default_factory=set)
-    """Last blocks of their prompts."""
+    tails: dict[int, str] = field(default_factory=dict)
+    """Last blocks of their prompts, and the workers that ran them."""
     written: dict[str, _Written] = field(default_factory=dict)
     """By worker."""
 
@@ -180,7 +195,7 @@ class Flights:
             return True
         return self.committed(worker) + self.habits(group).working_set(blocks) <= capacity
 
-    def arrived(self, run: RunKey, group: Group, chain: Chain, now: float) -> None:
+    def arrived(self, run: RunKey, group: Group, now: float) -> None:
         """A call of `run` waits."""
         if not run[0]:
             return
@@ -197,18 +212,23 @@ class Flights:
         elif not flight.calls:
             habits.paused(now - flight.idle_since)
         flight.calls += 1
-        flight.arrived += 1
         flight.pauses = False
-        if chain:
-            flight.came_back += not flight.tails.isdisjoint(chain[:-1])  # (an equal prompt is a retry)
-            if len(flight.tails) < _TAILS:
-                flight.tails.add(chain[-1])
 
-    def started(self, run: RunKey, worker: str, blocks: int) -> None:
-        """A call of `run` runs on `worker`, where it writes `blocks`."""
+    def started(self, run: RunKey, worker: str, chain: Chain, resident: int, blocks: int) -> None:
+        """A call of `run` runs on `worker`, where the first `resident` blocks of its prompt are cached and it writes
+        `blocks`."""
         flight = self._runs.get(run)
         if flight is None:
             return
+        flight.started += 1
+        earlier = chain[:-1]  # (an equal prompt is a retry)
+        if not flight.tails.keys().isdisjoint(earlier):
+            flight.came_back += 1
+            depth = next(i for i in range(len(earlier), 0, -1) if earlier[i - 1] in flight.tails)
+            if flight.tails[earlier[depth - 1]] == worker:
+                self.habits(flight.group).returned(gone=resident < depth)
+        if chain and len(flight.tails) < _TAILS:
+            flight.tails[chain[-1]] = worker
         written = flight.written.get(worker)
         if written is None:
             flight.written[worker] = _Written(blocks, blocks)
@@ -281,7 +301,7 @@ class Flights:
         flight = self._runs.pop(run)
         habits = self.habits(flight.group)
         for written in flight.written.values():
-            habits.over(written.total, flight.came_back / flight.arrived)
+            habits.over(written.total, flight.came_back / flight.started)
         self._land(run, flight)
         self._over[run] = flight.idle_since
         while len(self._over) > _RUNS:

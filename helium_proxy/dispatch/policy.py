@@ -248,7 +248,7 @@ def _start(
     queue.charge(call, cost)
     blocks = len(call.chain) - resident + worker.anonymous_blocks(call)
     worker.admit(assignment)
-    state.begin(call, worker, blocks)
+    state.begin(call, worker, resident, blocks)
     return assignment
 
 

@@ -163,14 +163,14 @@ class WorkerState:
         loss_s = _PREEMPTED * rates.stall_s * blocks * (self.block_size or call.block_size) * len(self.running)
         return max(0.0, 1 - loss_s / gain_s) if gain_s else 0.0
 
-    def full_batch(self, call: QueuedCall, came_back: float) -> float:
-        """From how many running calls on a cached prefix is worth more than a larger batch, if a share of
-        `came_back` of all calls comes back to one: a batch of twice the size would save half of a call's part of the
+    def full_batch(self, call: QueuedCall, losing: float) -> float:
+        """From how many running calls on cached prefixes are worth more than a larger batch, if a share of `losing`
+        of all calls comes back to one that is gone: a batch of twice the size would save half of a call's part of the
         steps, and a prefix that is lost costs its prefill. Not known before both have been measured: a batch is
         never full then."""
         rates = self.rates
         own = self.room_for(call) * (self.block_size or call.block_size)
-        loss_s = came_back * rates.stall_s * own
+        loss_s = losing * rates.stall_s * own
         return rates.bare_step_s * call.output_tokens / 2 / loss_s if rates.bare_step_s and loss_s else inf
 
     def admit(self, assignment: Assignment) -> None:
@@ -272,7 +272,7 @@ class DispatchState:
         if self.settings.keep_places:
             call.home = self.returns.arrived(call.chain, now)
         if self.settings.working_sets:
-            self.flights.arrived(call.flight, call.workflow, call.chain, now)
+            self.flights.arrived(call.flight, call.workflow, now)
         queue = self.queues.get(call.model)
         if queue is None:
             queue = self.queues[call.model] = Queue()
@@ -319,12 +319,12 @@ class DispatchState:
             for peer in peers:
                 peer.rates.believe(busy / tokens)
 
-    def begin(self, call: QueuedCall, worker: WorkerState, blocks: int) -> None:
-        """`call` was assigned to `worker`, where it will write `blocks`."""
+    def begin(self, call: QueuedCall, worker: WorkerState, resident: int, blocks: int) -> None:
+        """`call` was assigned to `worker`, where its first `resident` blocks are cached; it will write `blocks`."""
         run = call.hints.run_seq
         if run in self._run_started:
             self.started.add(run)
-        self.flights.started(call.flight, worker.id, blocks)
+        self.flights.started(call.flight, worker.id, call.chain, resident, blocks)
 
     def begins_all(self, call: QueuedCall, worker: WorkerState) -> bool:
         """Whether calls like `call` may start on `worker` whatever runs are in flight there."""
@@ -332,7 +332,7 @@ class DispatchState:
         limited = settings.working_sets and settings.admission and settings.ordering == "run"
         if not limited or not running or worker.capacity is None:
             return True
-        return running < worker.full_batch(call, self.flights.habits(call.workflow).came_back)
+        return running < worker.full_batch(call, self.flights.habits(call.workflow).losing)
 
     def may_begin(self, call: QueuedCall, worker: WorkerState) -> bool:
         """Whether the run of `call` may begin on `worker` beside those in flight there, where not all may."""

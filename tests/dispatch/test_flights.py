@@ -17,26 +17,26 @@ GROUP = "t", "demo", "debate"
 
 
 def begin(known: Flights, run: int, written: int = 5, worker: str = "w0") -> None:
-    known.arrived((run, None), GROUP, (run,), 0.0)
-    known.started((run, None), worker, written)
+    known.arrived((run, None), GROUP, 0.0)
+    known.started((run, None), worker, (run,), 0, written)
 
 
-def whole(known: Flights, run: int, written: int, *, back: bool) -> None:
-    """A run of two calls; in the second it comes back to what the first has written."""
+def whole(known: Flights, run: int, written: int, *, back: bool, found: bool = True) -> None:
+    """A run of two calls; in the second it comes back to what the first has written, and may find it."""
     begin(known, run, written)
     known.left((run, None), 1.0)
-    known.arrived((run, None), GROUP, (run, -run) if back else (-run,), 1.01)
-    known.started((run, None), "w0", 2)
+    known.arrived((run, None), GROUP, 1.01)
+    known.started((run, None), "w0", (run, -run) if back else (-run,), int(found), 2)
     known.left((run, None), 2.0, last=True)
 
 
 def how_many(known: Flights, written: int, capacity: int) -> int:
     """Further runs, each of whose first calls writes so much, that may begin."""
     for run in range(1000, 1100):
-        known.arrived((run, None), GROUP, (run,), 0.0)
+        known.arrived((run, None), GROUP, 0.0)
         if not known.fits(GROUP, "w0", written, capacity):
             return run - 1000
-        known.started((run, None), "w0", written)
+        known.started((run, None), "w0", (run,), 0, written)
     return 100
 
 
@@ -60,6 +60,22 @@ def test_how_often_calls_come_back_is_learned() -> None:
         for run in range(1, 9):
             whole(known, run, 6, back=back)
         assert known.habits(GROUP).came_back == (0.5 if back else 0), "the second of two calls"
+
+
+def test_what_is_lost_is_learned_from_what_comes_back_to_the_same_worker() -> None:
+    def back(known: Flights, worker: str, resident: int) -> float:
+        for run in range(1, 201):
+            known.arrived((run, None), GROUP, 0.0)
+            known.started((run, None), "w0", (run, -run), 0, 2)
+            known.arrived((run, None), GROUP, 1.0)
+            known.started((run, None), worker, (run, -run, 7), resident, 2)
+        return known.habits(GROUP).lost
+
+    assert back(Flights(), "w0", 2) < 0.02
+    assert back(Flights(), "w1", 0) == 1.0, "it was moved: nothing says what it would have found"
+    known = Flights()
+    assert back(known, "w0", 2) < 0.02
+    assert back(known, "w0", 1) > 0.95, "a part of it is not enough"
 
 
 def test_a_run_in_flight_goes_on_and_every_workflow_may_have_one() -> None:
@@ -96,15 +112,15 @@ def test_a_run_that_pauses_for_longer_than_others_has_not_ended() -> None:
     known = Flights()
     begin(known, 1, written=90)
     known.left((1, None), 10.0)
-    known.arrived((1, None), GROUP, (1, 2), 11.0)
+    known.arrived((1, None), GROUP, 11.0)
     habits = known.habits(GROUP)
     assert habits.ended == 0
     assert habits.pause.mean_s > 0.15, "that was a pause of a second"
     assert known.has_begun((1, None), "w0"), "it comes back to what it wrote"
-    known.started((1, None), "w0", 5)
+    known.started((1, None), "w0", (1, 2), 1, 5)
     assert known.committed("w0") == 95
     known.left((1, None), 12.0, last=True)
-    known.arrived((1, None), GROUP, (1, 2, 3), 15.0)
+    known.arrived((1, None), GROUP, 15.0)
     assert habits.pause.mean_s > 0.4, "also where it had been taken to have ended"
 
 
@@ -119,8 +135,8 @@ def test_a_run_that_is_given_up_teaches_nothing() -> None:
 def test_an_equal_prompt_is_a_retry_and_nothing_that_comes_back() -> None:
     known = Flights()
     for _ in range(2):
-        known.arrived((1, None), GROUP, (1, 2, 3), 0.0)
-    known.started((1, None), "w0", 5)
+        known.arrived((1, None), GROUP, 0.0)
+        known.started((1, None), "w0", (1, 2, 3), 0, 5)
     for _ in range(2):
         known.left((1, None), 1.0, last=True)
     assert known.habits(GROUP).came_back == 0
@@ -129,7 +145,7 @@ def test_an_equal_prompt_is_a_retry_and_nothing_that_comes_back() -> None:
 def test_how_long_is_waited_follows_the_pauses() -> None:
     known = Flights()
     for turn in range(100):
-        known.arrived((1, None), GROUP, (), 10.0 * turn + 3.0)
+        known.arrived((1, None), GROUP, 10.0 * turn + 3.0)
         known.left((1, None), 10.0 * turn + 10.0)
     assert known.habits(GROUP).patience_s == pytest.approx(3.0, rel=0.05)
 
@@ -194,6 +210,14 @@ def test_runs_that_never_come_back_are_not_limited() -> None:
     for run in range(1000, 1008):
         whole(state.flights, run, 6, back=False)
     assert _started(state) == 12
+
+
+def test_while_what_comes_back_is_found_more_begin() -> None:
+    for found, started in ((True, 12), (False, 4)):
+        state = _worker(1e-3)
+        for run in range(1000, 1200):
+            whole(state.flights, run, 20, back=True, found=found)
+        assert _started(state) == started
 
 
 def _first(run: int, **fields: Any) -> QueuedCall:
