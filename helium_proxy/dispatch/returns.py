@@ -13,7 +13,10 @@ Probability and time are learned for each node of a workflow, from all its calls
 another's prompt contains every full block of its own.
 
 Engines evict what was used least recently, so what is left after a kept prefix is evicted after it: to give that room
-away would cost the kept prefix. Whatever ends while a place is kept is therefore kept as long as that.
+away would cost the kept prefix. Whatever ends while a place is kept is therefore kept as long as that, as far as it
+pays: ``B`` blocks in all, kept for ``b`` of them, while ::
+
+    B * mean seconds until they are needed or given up < b * probability * seconds to prefill a whole KV cache
 """
 
 from __future__ import annotations
@@ -35,10 +38,9 @@ _LONGEST_S = 60.0
 _FIRST_PROBABILITY, _FIRST_S = 0.5, 0.02
 _FIRST_PATIENCE = 0.3
 """As a share of the time for which keeping a place pays: of a node whose calls have not come back yet, some may."""
-_MOST_KEPT = 0.5
-"""Of a worker's KV, with what ended after it: with more, hardly anything could run."""
 _SMOOTH = 0.1
 _LEAST_S = 0.02
+_LEAST_MEAN_S = 0.001
 
 
 @dataclass(slots=True)
@@ -77,13 +79,28 @@ class Place:
 
     key: Key
     worker: str
-    blocks: int
-    """KV blocks that nobody else may take meanwhile."""
-    own: bool
-    """Kept for its own sake, not for that of an older one."""
     since: float
-    until: float
+    blocks: int = 0
+    """KV blocks that nobody else may take meanwhile."""
+    pays_for: float = 0.0
+    """Blocks, its own among them, that it pays to keep for it; 0: it is not kept for its own sake."""
+    until: float = 0.0
     """Until when they are kept, if it has not come back by then."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What one worker keeps."""
+
+    blocks: int = 0
+    pays: float = 0.0
+    """Blocks that it pays to keep."""
+    places: int = 0
+    """Kept for their own sake."""
+    until: float = 0.0
+    """The latest end of one of them."""
+    others: dict[int, Place] = field(default_factory=dict)
+    """What has ended since, by last block."""
 
 
 class Returns:
@@ -95,15 +112,15 @@ class Returns:
         self._awaited: OrderedDict[int, Place] = OrderedDict()  # last block of a finished prompt → its place
         self._ends: list[tuple[float, int]] = []  # heap of (when the place is given up, block)
         self._judged: list[tuple[float, int]] = []  # heap of (when it counts as not come back, block)
-        self._kept: dict[str, int] = {}  # worker → blocks kept there
-        self._latest: dict[str, float] = {}  # worker → the latest end of a place kept there for its own sake
+        self._kept: dict[str, _Kept] = {}  # by worker, while there is a place
 
     def __repr__(self) -> str:
-        return f"<Returns {len(self._awaited)} awaited, {sum(self._kept.values())} blocks kept>"
+        return f"<Returns {len(self._awaited)} awaited, {sum(k.blocks for k in self._kept.values())} blocks kept>"
 
     def kept(self, worker: str) -> int:
         """Blocks of `worker` that are kept for calls that may come back."""
-        return self._kept.get(worker, 0)
+        here = self._kept.get(worker)
+        return here.blocks if here is not None else 0
 
     def habit(self, key: Key) -> Habit:
         habit = self._habits.get(key)
@@ -113,29 +130,34 @@ class Returns:
                 self._habits.popitem(last=False)
         return habit
 
-    def finished(
-        self, key: Key, chain: Chain, worker: str, blocks: int, capacity: int, whole_s: float, now: float
-    ) -> None:
-        """A call of `key` ended on `worker`, leaving `blocks` that nobody else holds. `capacity`: the worker's KV
-        blocks; `whole_s`: seconds to prefill as many tokens as they hold."""
+    def finished(self, key: Key, chain: Chain, worker: str, blocks: int, whole_s: float, now: float) -> None:
+        """A call of `key` ended on `worker`, leaving `blocks` that nobody else holds. `whole_s`: seconds to prefill
+        as many tokens as the worker's KV cache has."""
         if not chain or not blocks:
             return
         self._forget(chain[-1])
         habit = self.habit(key)
         window = min(_LONGEST_S, whole_s)
         worth_s = habit.probability * window
-        pays = habit.kept < habit.trust and habit.after.mean_s < worth_s
-        until = now
-        if pays:
+        here = self._kept.get(worker)
+        place = self._awaited[chain[-1]] = Place(key, worker, now)
+        if habit.kept < habit.trust and habit.after.mean_s < worth_s:
             habit.kept += 1
-            until += min(window, habit.patience_s) if habit.seen else _FIRST_PATIENCE * worth_s
-            self._latest[worker] = max(until, self._latest.get(worker, 0.0))
-        elif worker in self._kept and self.kept(worker) + blocks <= _MOST_KEPT * capacity:
-            until = max(now, self._latest[worker])
-        place = self._awaited[chain[-1]] = Place(key, worker, blocks if until > now else 0, pays, now, until)
-        self._keep(worker, place.blocks)
+            wait_s = min(window, habit.patience_s) if habit.seen else _FIRST_PATIENCE * worth_s
+            mean_s = max(_LEAST_MEAN_S, habit.probability * habit.after.mean_s + (1 - habit.probability) * wait_s)
+            place.blocks, place.until, place.pays_for = blocks, now + wait_s, blocks * worth_s / mean_s
+            if here is None:
+                here = self._kept[worker] = _Kept()
+            here.blocks += blocks
+            here.places += 1
+            here.pays += place.pays_for
+            here.until = max(here.until, place.until)
+        elif here is not None and here.until > now and here.blocks + blocks <= here.pays:
+            place.blocks, place.until = blocks, here.until
+            here.blocks += blocks
+            here.others[chain[-1]] = place
         if place.blocks:
-            heapq.heappush(self._ends, (until, chain[-1]))
+            heapq.heappush(self._ends, (place.until, chain[-1]))
         heapq.heappush(self._judged, (now + window, chain[-1]))
         while len(self._awaited) > _AWAITED:
             self._forget(next(iter(self._awaited)))
@@ -158,10 +180,10 @@ class Returns:
             until, block = heapq.heappop(self._ends)
             place = self._awaited.get(block)
             if place is not None and place.until == until:
-                if place.own:
+                if place.pays_for:
                     habit = self.habit(place.key)
                     habit.trust = max(int(habit.seen), habit.trust // 2)
-                self._give_up(place)
+                self._give_up(block, place)
         while self._judged and self._judged[0][0] <= now:
             _, block = heapq.heappop(self._judged)
             place = self._awaited.get(block)
@@ -187,20 +209,22 @@ class Returns:
     def _forget(self, block: int) -> None:
         place = self._awaited.pop(block, None)
         if place is not None:
-            self._give_up(place)
+            self._give_up(block, place)
 
-    def _give_up(self, place: Place) -> None:
-        if place.blocks:
-            if place.own:
-                habit = self.habit(place.key)
-                habit.kept = max(0, habit.kept - 1)
-            self._keep(place.worker, -place.blocks)
-            place.blocks = 0
-
-    def _keep(self, worker: str, blocks: int) -> None:
-        left = self._kept.get(worker, 0) + blocks
-        if left > 0:
-            self._kept[worker] = left
-        else:
-            self._kept.pop(worker, None)
-            self._latest.pop(worker, None)
+    def _give_up(self, block: int, place: Place) -> None:
+        if not place.blocks:
+            return
+        here = self._kept[place.worker]
+        here.blocks -= place.blocks
+        place.blocks = 0
+        if not place.pays_for:
+            del here.others[block]
+            return
+        habit = self.habit(place.key)
+        habit.kept = max(0, habit.kept - 1)
+        here.places -= 1
+        here.pays -= place.pays_for
+        if not here.places:  # nor is there any use now for what has ended since
+            for other in here.others.values():
+                other.blocks = 0
+            del self._kept[place.worker]

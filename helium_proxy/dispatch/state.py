@@ -307,7 +307,7 @@ class DispatchState:
         if ok and self.settings.keep_places and known.capacity:
             whole_s = known.capacity * done.block_size * known.rates.stall_s
             freed = 0 if done.hints.last else freed
-            self.returns.finished((done.group, done.node), done.chain, worker, freed, known.capacity, whole_s, now)
+            self.returns.finished((done.group, done.node), done.chain, worker, freed, whole_s, now)
         return True
 
     def measure(self, assignment: Assignment, computed_tokens: float, output_tokens: float, now: float) -> None:
