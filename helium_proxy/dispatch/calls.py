@@ -48,6 +48,10 @@ class QueuedCall:
     # -- the dispatcher's own notes
     turns: tuple[str, str] = field(init=False)
     """Who is served when it is: (tenant, share)."""
+    workflow: tuple[str, str, str] = field(init=False)
+    """Of which tenant, on which model."""
+    flight: tuple[int, int | None] = field(init=False)
+    """Its run among those in flight."""
     rank: Rank = (0, 0.0, 0, 0.0, 0)
     hits: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """worker → (version of its residency, resident leading blocks, those of them that running calls hold)."""
@@ -61,19 +65,19 @@ class QueuedCall:
     """Prompt tokens' worth of work by which it lengthens that lane."""
     passed: int = 0
     """Calls behind it in rank that went before it."""
+    _own: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         self.turns = self.tenant, self.share or self.group
+        self.workflow = self.tenant, self.model, self.group
+        self.flight = self.hints.run_seq, self.hints.row
 
-    @property
-    def workflow(self) -> tuple[str, str, str]:
-        """Of which tenant, on which model."""
-        return self.tenant, self.model, self.group
-
-    @property
-    def flight(self) -> tuple[int, int | None]:
-        """Its run among those in flight."""
-        return self.hints.run_seq, self.hints.row
+    def own_blocks(self, size: int) -> int:
+        """Blocks of `size` tokens that it needs beyond its chain: the prompt's tail and its output."""
+        if self._own[0] != size:
+            tokens = max(0, self.prompt_tokens - len(self.chain) * self.block_size) + self.output_tokens
+            self._own = size, max(1, -int(-tokens // size))
+        return self._own[1]
 
     def __repr__(self) -> str:
         return f"<QueuedCall {self.id} {self.model} {self.prompt_tokens}+{self.output_tokens:.0f}>"

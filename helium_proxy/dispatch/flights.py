@@ -18,7 +18,7 @@ with the page fault frequency (Chu and Opderbeck, 1972): what runs write is an u
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
 from helium_proxy.dispatch.patience import Patience
@@ -50,6 +50,9 @@ _LOST = 1.0
 """The share of these that would find it gone, if more runs began."""
 _LOST_SMOOTH = 0.02
 """Slow: that too many have begun is noticed only when they come back."""
+_RECOUNTED = 32
+"""Calls on a worker, after which the working sets of its runs are added up anew, which is O(runs); while little is
+known of a workflow, each of its calls changes them all."""
 
 
 @dataclass(slots=True)
@@ -96,9 +99,14 @@ class Habits:
         self.written += share * (written - self.written)
         self.came_back += share * (came_back - self.came_back)
 
+    @property
+    def known(self) -> bool:
+        """Whether the working set is that of the runs that have ended, however much a first call writes."""
+        return self.ended >= _ENOUGH
+
     def working_set(self, first: float) -> float:
         """What a run will have written on a worker at its end whose first call there writes `first`."""
-        return self.written if self.ended >= _ENOUGH else first + _GROWTH * min(self.first, first)
+        return self.written if self.known else first + _GROWTH * min(self.first, first)
 
 
 @dataclass(slots=True)
@@ -107,6 +115,12 @@ class _Written:
 
     first: float
     total: float
+    counted: float = 0.0
+    """What the worker's `committed` counts of it."""
+
+    def count(self, habits: Habits) -> float:
+        self.counted = max(self.total, habits.working_set(self.first))
+        return self.counted
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +128,7 @@ class _Flight:
     """A run in flight, or one that pauses for long and has not been judged yet."""
 
     group: Group
+    habits: Habits
     calls: int = 0
     """Waiting or running."""
     idle_since: float = 0.0
@@ -135,10 +150,42 @@ class _Here:
 
     runs: dict[RunKey, _Flight] = field(default_factory=dict)
     """Those in flight."""
+    groups: Counter[Group] = field(default_factory=Counter)
+    """How many of each."""
     gone: int = 0
     """Runs that no longer are, so far."""
+    calls: int = 0
     committed: float | None = None
-    """Sum of their working sets, where it is known."""
+    """Sum of their working sets, each as it was known when the run last went on, or later; None: to be added up."""
+
+    def went_on(self, run: RunKey, flight: _Flight, worker: str) -> None:
+        written = flight.written[worker]
+        if run not in self.runs:
+            self.runs[run] = flight
+            self.groups[flight.group] += 1
+            written.counted = 0.0
+        self.calls += 1
+        if not flight.habits.known or self.calls % _RECOUNTED == 0:
+            self.committed = None
+        elif self.committed is not None:
+            self.committed -= written.counted
+            self.committed += written.count(flight.habits)
+
+    def landed(self, run: RunKey, worker: str) -> None:
+        flight = self.runs.pop(run, None)
+        if flight is None:
+            return
+        self.gone += 1
+        self.groups[flight.group] -= 1
+        if not self.groups[flight.group]:
+            del self.groups[flight.group]
+        if self.committed is not None:
+            self.committed = self.committed - flight.written[worker].counted if self.runs else 0.0
+
+    def add_up(self, worker: str) -> float:
+        if self.committed is None:
+            self.committed = sum(flight.written[worker].count(flight.habits) for flight in self.runs.values())
+        return self.committed
 
 
 class Flights:
@@ -169,16 +216,9 @@ class Flights:
         return here.gone if here is not None else 0
 
     def committed(self, worker: str) -> float:
-        """Blocks of `worker` that the runs in flight there need, written or not yet. O(runs) after a change."""
+        """Blocks of `worker` that the runs in flight there need, written or not yet."""
         here = self._here.get(worker)
-        if here is None:
-            return 0.0
-        if here.committed is None:
-            here.committed = 0.0
-            for flight in here.runs.values():
-                written = flight.written[worker]
-                here.committed += max(written.total, self.habits(flight.group).working_set(written.first))
-        return here.committed
+        return here.add_up(worker) if here is not None else 0.0
 
     def has_begun(self, run: RunKey, worker: str) -> bool:
         """Whether `run` has written something on `worker`; of a call of no run, always."""
@@ -189,11 +229,9 @@ class Flights:
         """Whether a run whose first call writes `blocks` may begin on a worker of `capacity` blocks without driving
         others out: it is the only one of its workflow there, or it fits."""
         here = self._here.get(worker)
-        if here is None or not here.runs:
+        if here is None or group not in here.groups:
             return True
-        if all(other.group != group for other in here.runs.values()):
-            return True
-        return self.committed(worker) + self.habits(group).working_set(blocks) <= capacity
+        return here.add_up(worker) + self.habits(group).working_set(blocks) <= capacity
 
     def arrived(self, run: RunKey, group: Group, now: float) -> None:
         """A call of `run` waits."""
@@ -206,7 +244,7 @@ class Flights:
         if flight is None:
             if (idle_since := self._over.pop(run, None)) is not None:
                 habits.paused(now - idle_since)
-            flight = self._runs[run] = _Flight(group)
+            flight = self._runs[run] = _Flight(group, habits)
             while len(self._runs) > _RUNS:
                 self._end(next(iter(self._runs)))
         elif not flight.calls:
@@ -226,18 +264,16 @@ class Flights:
             flight.came_back += 1
             depth = next(i for i in range(len(earlier), 0, -1) if earlier[i - 1] in flight.tails)
             if flight.tails[earlier[depth - 1]] == worker:
-                self.habits(flight.group).returned(gone=resident < depth)
+                flight.habits.returned(gone=resident < depth)
         if chain and len(flight.tails) < _TAILS:
             flight.tails[chain[-1]] = worker
         written = flight.written.get(worker)
         if written is None:
             flight.written[worker] = _Written(blocks, blocks)
-            self.habits(flight.group).began(blocks)
+            flight.habits.began(blocks)
         else:
             written.total += blocks
-        here = self._here.setdefault(worker, _Here())
-        here.runs[run] = flight
-        here.committed = None
+        self._here.setdefault(worker, _Here()).went_on(run, flight, worker)
 
     def left(self, run: RunKey, now: float, *, last: bool = False) -> None:
         """A call of `run` has ended; `last`: nothing follows it."""
@@ -251,7 +287,7 @@ class Flights:
         if last:
             self._end(run)
         else:
-            self._idle_until(run, flight, now + self.habits(flight.group).patience_s)
+            self._idle_until(run, flight, now + flight.habits.patience_s)
 
     def withdrawn(self, run: RunKey) -> None:
         """A call of `run` was given up: a run that has no other teaches nothing."""
@@ -273,7 +309,7 @@ class Flights:
                 continue
             flight.pauses = True
             self._land(run, flight)
-            patience_s = self.habits(flight.group).patience_s
+            patience_s = flight.habits.patience_s
             self._idle_until(run, flight, max(end, flight.idle_since + min(_LONGEST_S, _JUDGED * patience_s)))
 
     def next_end(self) -> float | None:
@@ -299,9 +335,8 @@ class Flights:
 
     def _end(self, run: RunKey) -> None:
         flight = self._runs.pop(run)
-        habits = self.habits(flight.group)
         for written in flight.written.values():
-            habits.over(written.total, flight.came_back / flight.started)
+            flight.habits.over(written.total, flight.came_back / flight.started)
         self._land(run, flight)
         self._over[run] = flight.idle_since
         while len(self._over) > _RUNS:
@@ -309,7 +344,4 @@ class Flights:
 
     def _land(self, run: RunKey, flight: _Flight) -> None:
         for worker in flight.written:
-            here = self._here[worker]
-            if here.runs.pop(run, None) is not None:
-                here.gone += 1
-                here.committed = None
+            self._here[worker].landed(run, worker)

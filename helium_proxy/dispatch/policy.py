@@ -24,6 +24,7 @@ Late binding: a lane is an intention, and what waits in it can still be taken ov
 from __future__ import annotations
 
 from heapq import nsmallest
+from itertools import islice
 
 from helium_proxy.dispatch.calls import Assignment, QueuedCall, Reason
 from helium_proxy.dispatch.placement import Sites, until_done
@@ -84,10 +85,11 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
             assignments += _fill(state, queue, lane, worker, now)
     if state.settings.placement == "cost":
         idle = [w for w in workers if not queue.lanes.get(w.id) and not w.saturated(state.settings)]
-        if idle:
-            behind = {w: until_done(queue, w, now) for w in workers if queue.lanes.get(w.id)}
-            for worker in idle:
-                assignments += _take_over(state, queue, behind, worker, now)
+        behind = {w: until_done(queue, w, now) for w in workers if queue.lanes.get(w.id)} if idle else {}
+        for worker in idle:
+            if not behind:
+                break
+            assignments += _take_over(state, queue, behind, worker, now)
     return assignments
 
 
@@ -160,18 +162,21 @@ def _eligible(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerStat
     if state.begins_all(waiting[0][1], worker):
         return [call for rank, call in waiting[:window] if rank[0] == waiting[0][0][0]]
     has_begun = state.flights.has_begun
+    full: set[tuple[str, str, str]] = set()  # workflows of which none may
     for waiting in queue.in_turn(lane):
         asked = _ASKED
         found: list[QueuedCall] = []
-        for rank, call in waiting[:_SEARCHED]:
+        for rank, call in islice(waiting, _SEARCHED):
             if found and (rank[0] != found[0].rank[0] or len(found) == window):
                 break
             if call.hints.deadline_s is not None or has_begun(call.flight, worker.id):
                 found.append(call)
-            elif asked:
+            elif asked and call.workflow not in full:
                 asked -= 1
                 if state.may_begin(call, worker):
                     found.append(call)
+                elif state.flights.habits(call.workflow).known:
+                    full.add(call.workflow)
         if found:
             return found
     return []

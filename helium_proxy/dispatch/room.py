@@ -48,5 +48,6 @@ class KvForecast:
             gained = growth * (ending if ending > now else now)
             fixed += held - gained
             then = fixed + gained * count
-            peak = max(peak, then)
+            if then > peak:  # (this is the dispatcher's innermost loop)
+                peak = then
         return peak

@@ -109,10 +109,8 @@ class WorkerState:
         self._worked_at = now
 
     def anonymous_blocks(self, call: QueuedCall) -> int:
-        """Blocks `call` needs beyond its chain: the prompt's tail and its output."""
-        size = self.block_size or call.block_size
-        tokens = max(0, call.prompt_tokens - len(call.chain) * call.block_size) + call.output_tokens
-        return max(1, -int(-tokens // size))
+        """Blocks that `call` needs here beyond its chain."""
+        return call.own_blocks(self.block_size or call.block_size)
 
     def room_for(self, call: QueuedCall) -> int:
         """Blocks that `call` needs here beside those that running calls hold."""
@@ -336,7 +334,8 @@ class DispatchState:
 
     def may_begin(self, call: QueuedCall, worker: WorkerState) -> bool:
         """Whether the run of `call` may begin on `worker` beside those in flight there, where not all may."""
-        blocks = len(call.chain) - worker.matches(call)[0] + worker.anonymous_blocks(call)
+        known = self.flights.habits(call.workflow).known
+        blocks = 0 if known else len(call.chain) - worker.matches(call)[0] + worker.anonymous_blocks(call)
         return self.flights.fits(call.workflow, worker.id, blocks, worker.capacity or 0)
 
     def expire(self, now: float) -> None:

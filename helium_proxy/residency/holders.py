@@ -13,14 +13,14 @@ class Holders:
 
     def __init__(self) -> None:
         # -- state
-        self._masks: dict[int, int] = {}  # block → bits; never 0
+        self.masks: dict[int, int] = {}  # block → bits; never 0; changed here alone
         self._bits = 0  # those in use
 
     def __repr__(self) -> str:
-        return f"<Holders {len(self._masks)} blocks of {self._bits.bit_count()} workers>"
+        return f"<Holders {len(self.masks)} blocks of {self._bits.bit_count()} workers>"
 
     def __len__(self) -> int:
-        return len(self._masks)
+        return len(self.masks)
 
     def enter(self) -> int:
         """A bit of its own for one more worker."""
@@ -34,12 +34,12 @@ class Holders:
         self._bits &= ~bit
 
     def add(self, bit: int, blocks: Iterable[int]) -> None:
-        masks = self._masks
+        masks = self.masks
         for block in blocks:
             masks[block] = masks.get(block, 0) | bit
 
     def drop(self, bit: int, blocks: Iterable[int]) -> None:
-        masks = self._masks
+        masks = self.masks
         for block in blocks:
             left = masks.get(block, 0) & ~bit
             if left:
@@ -49,16 +49,13 @@ class Holders:
 
     def drop_all(self, bit: int) -> None:
         """O(blocks)."""
-        self.drop(bit, [block for block, mask in self._masks.items() if mask & bit])
-
-    def has(self, block: int, bit: int) -> bool:
-        return self._masks.get(block, 0) & bit != 0
+        self.drop(bit, [block for block, mask in self.masks.items() if mask & bit])
 
     def match(self, chain: Chain, workers: int) -> list[tuple[int, int]]:
         """How many leading blocks of `chain` are resident where: (blocks, mask of the workers that have just those),
         every one of `workers`, a mask, in one of the masks. O(log len(chain)) for each number of blocks there is."""
         found: list[tuple[int, int]] = []
-        get = self._masks.get
+        get = self.masks.get
         have = workers & get(chain[0], 0) if chain else 0
         if have != workers:
             found.append((0, workers ^ have))

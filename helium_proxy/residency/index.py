@@ -113,13 +113,13 @@ class WorkerResidency:
 
     def still(self, chain: Chain, resident: int, held: int) -> bool:
         """Whether `matches` gives for `chain` what it has given before."""
-        has, bit, refs = self._holders.has, self.bit, self._refs
-        return not (
-            (held and chain[held - 1] not in refs)
-            or (held < resident and chain[held] in refs)
-            or (resident and not has(chain[resident - 1], bit))
-            or (resident < len(chain) and has(chain[resident], bit))
-        )
+        refs = self._refs
+        if (held and chain[held - 1] not in refs) or (held < resident and chain[held] in refs):
+            return False
+        masks, bit = self._holders.masks, self.bit
+        if resident > held and not masks.get(chain[resident - 1], 0) & bit:
+            return False
+        return resident == len(chain) or not masks.get(chain[resident], 0) & bit
 
     def admit(self, call: str, chain: Chain, anonymous: int, *, exact: bool = False) -> int:
         """A call begins: holds its chain and `anonymous` further blocks, evicting what is in the way. Returns the
