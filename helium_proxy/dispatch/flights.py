@@ -51,8 +51,7 @@ _LOST = 1.0
 _LOST_SMOOTH = 0.02
 """Slow: that too many have begun is noticed only when they come back."""
 _RECOUNTED = 32
-"""Calls on a worker, after which the working sets of its runs are added up anew, which is O(runs); while little is
-known of a workflow, each of its calls changes them all."""
+"""Calls on a worker, after which the working sets of its runs are added up anew. O(runs)."""
 
 
 @dataclass(slots=True)
@@ -88,16 +87,21 @@ class Habits:
     def paused(self, gap_s: float) -> None:
         self.pause.came(min(gap_s, _LONGEST_S))
 
-    def began(self, blocks: float) -> None:
+    def began(self, blocks: float) -> bool:
+        """Whether this changes what is expected of all runs."""
         self.begun += 1
-        if self.begun > 1:
-            self.first = min(self.first or blocks, blocks)
+        if self.begun == 1 or 0 < self.first <= blocks:
+            return False
+        self.first = blocks
+        return not self.known
 
-    def over(self, written: float, came_back: float) -> None:
+    def over(self, written: float, came_back: float) -> bool:
+        """Whether this changes what is expected of all runs by more than a little."""
         self.ended += 1
         share = max(_SMOOTH, 1 / self.ended)
         self.written += share * (written - self.written)
         self.came_back += share * (came_back - self.came_back)
+        return _ENOUGH <= self.ended < 1 / _SMOOTH
 
     @property
     def known(self) -> bool:
@@ -157,6 +161,8 @@ class _Here:
     calls: int = 0
     committed: float | None = None
     """Sum of their working sets, each as it was known when the run last went on, or later; None: to be added up."""
+    estimates: int = 0
+    """Of `Flights`, when it was added up."""
 
     def went_on(self, run: RunKey, flight: _Flight, worker: str) -> None:
         written = flight.written[worker]
@@ -165,7 +171,7 @@ class _Here:
             self.groups[flight.group] += 1
             written.counted = 0.0
         self.calls += 1
-        if not flight.habits.known or self.calls % _RECOUNTED == 0:
+        if self.calls % _RECOUNTED == 0:
             self.committed = None
         elif self.committed is not None:
             self.committed -= written.counted
@@ -182,8 +188,9 @@ class _Here:
         if self.committed is not None:
             self.committed = self.committed - flight.written[worker].counted if self.runs else 0.0
 
-    def add_up(self, worker: str) -> float:
-        if self.committed is None:
+    def add_up(self, worker: str, estimates: int) -> float:
+        if self.committed is None or self.estimates != estimates:
+            self.estimates = estimates
             self.committed = sum(flight.written[worker].count(flight.habits) for flight in self.runs.values())
         return self.committed
 
@@ -198,6 +205,7 @@ class Flights:
         self._over: OrderedDict[RunKey, float] = OrderedDict()  # ended runs → since when they were idle
         self._ends: list[tuple[float, RunKey]] = []  # heap of (until, run) of idle ones
         self._here: dict[str, _Here] = {}
+        self._estimates = 0  # changes with what is expected of runs
 
     def __repr__(self) -> str:
         return f"<Flights {len(self._runs)} runs>"
@@ -218,7 +226,7 @@ class Flights:
     def committed(self, worker: str) -> float:
         """Blocks of `worker` that the runs in flight there need, written or not yet."""
         here = self._here.get(worker)
-        return here.add_up(worker) if here is not None else 0.0
+        return here.add_up(worker, self._estimates) if here is not None else 0.0
 
     def has_begun(self, run: RunKey, worker: str) -> bool:
         """Whether `run` has written something on `worker`; of a call of no run, always."""
@@ -231,7 +239,7 @@ class Flights:
         here = self._here.get(worker)
         if here is None or group not in here.groups:
             return True
-        return here.add_up(worker) + self.habits(group).working_set(blocks) <= capacity
+        return here.add_up(worker, self._estimates) + self.habits(group).working_set(blocks) <= capacity
 
     def arrived(self, run: RunKey, group: Group, now: float) -> None:
         """A call of `run` waits."""
@@ -270,7 +278,7 @@ class Flights:
         written = flight.written.get(worker)
         if written is None:
             flight.written[worker] = _Written(blocks, blocks)
-            flight.habits.began(blocks)
+            self._estimates += flight.habits.began(blocks)
         else:
             written.total += blocks
         self._here.setdefault(worker, _Here()).went_on(run, flight, worker)
@@ -336,7 +344,7 @@ class Flights:
     def _end(self, run: RunKey) -> None:
         flight = self._runs.pop(run)
         for written in flight.written.values():
-            flight.habits.over(written.total, flight.came_back / flight.started)
+            self._estimates += flight.habits.over(written.total, flight.came_back / flight.started)
         self._land(run, flight)
         self._over[run] = flight.idle_since
         while len(self._over) > _RUNS:

@@ -23,6 +23,7 @@ Late binding: a lane is an intention, and what waits in it can still be taken ov
 
 from __future__ import annotations
 
+from collections import Counter
 from heapq import nsmallest
 from itertools import islice
 
@@ -35,6 +36,12 @@ _HELD_BONUS = 0.3
 """A prompt token that running calls hold counts for so much more than one that is merely cached."""
 _STARTED_BONUS = 0.5
 """What a call gains on others, as a share of its prompt, since its run has begun: what that left would be lost."""
+_ALONE = 0.5
+"""A call of whose blocks running calls hold a smaller share is taken to share none of them that matter."""
+_BEHIND = 512
+"""Waiting calls of a workflow, among which one that shares is sought behind the window."""
+_ALIKE = 4
+"""So many of a node."""
 _PLACED_AT_ONCE = 256
 """Calls: after a burst of arrivals the rest is left to the next decision, so that nothing else waits long."""
 _PASSES = 256
@@ -86,10 +93,11 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
     if state.settings.placement == "cost":
         idle = [w for w in workers if not queue.lanes.get(w.id) and not w.saturated(state.settings)]
         behind = {w: until_done(queue, w, now) for w in workers if queue.lanes.get(w.id)} if idle else {}
+        last_first = sorted(behind, key=behind.__getitem__, reverse=True)
         for worker in idle:
-            if not behind:
+            if not last_first:
                 break
-            assignments += _take_over(state, queue, behind, worker, now)
+            assignments += _take_over(state, queue, behind, last_first, worker, now)
     return assignments
 
 
@@ -125,12 +133,28 @@ def _next(
     urgent = first.hints.deadline_s is not None or first.passed >= _PASSES
     if urgent or state.settings.ordering == "fifo":
         return first
-    best, best_score = None, -1.0
-    for call in _eligible(state, queue, lane, worker):
-        score = _score(state, worker, call)
-        if score > best_score:
-            best, best_score = call, score
-    return best
+    eligible = _eligible(state, queue, lane, worker)
+    best = max(eligible, key=lambda call: _score(state, worker, call), default=None)
+    if best is None or len(eligible) < state.settings.window or not worker.running:
+        return best
+    if worker.matches(best)[1] >= _ALONE * len(best.chain):
+        return best
+    return max((best, *_behind(state, lane, worker, best)), key=lambda call: _score(state, worker, call))
+
+
+def _behind(state: DispatchState, lane: Lane, worker: WorkerState, best: QueuedCall) -> list[QueuedCall]:
+    """Calls of the same workflow behind the window, as urgent to their clients: a few of each node, since those are
+    much alike. `best`, of the window, would add a prefix of its own to what runs; one of these may not."""
+    seen: Counter[str] = Counter()
+    found: list[QueuedCall] = []
+    begins_all = state.begins_all(best, worker)
+    for rank, call in islice(lane.groups[best.turns], state.settings.window, _BEHIND):
+        if rank[0] != best.rank[0]:
+            break
+        if seen[call.node] < _ALIKE and (begins_all or state.flights.has_begun(call.flight, worker.id)):
+            seen[call.node] += 1
+            found.append(call)
+    return found
 
 
 def _backfill(
@@ -193,14 +217,22 @@ def _score(state: DispatchState, worker: WorkerState, call: QueuedCall) -> float
 
 
 def _take_over(
-    state: DispatchState, queue: Queue, behind: dict[WorkerState, float], worker: WorkerState, now: float
+    state: DispatchState,
+    queue: Queue,
+    behind: dict[WorkerState, float],
+    last_first: list[WorkerState],
+    worker: WorkerState,
+    now: float,
 ) -> list[Assignment]:
-    """`behind`: the workers with calls in their lanes and when they will be done with them, brought up to date."""
+    """`behind`: when the workers will be done with the calls in their lanes; `last_first`: those that have any, by
+    that. Both are brought up to date."""
     settings = state.settings
     assignments: list[Assignment] = []
     held: set[WorkerState] = set()  # those whose lanes have nothing that may begin here
-    while len(held) < len(behind) and not worker.saturated(settings):
-        last = max((w for w in behind if w not in held), key=behind.__getitem__)
+    while not worker.saturated(settings):
+        last = next((w for w in last_first if w not in held), None)
+        if last is None:
+            break
         backlog_s = worker.backlog_s(now)
         if backlog_s >= behind[last]:
             break
@@ -223,8 +255,9 @@ def _take_over(
         assignments.append(_start(state, queue, call, worker, "idle", now))
         if lane:
             behind[last] = until_done(queue, last, now)
+            last_first.sort(key=behind.__getitem__, reverse=True)
         else:
-            del behind[last]
+            last_first.remove(last)
     return assignments
 
 

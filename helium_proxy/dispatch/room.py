@@ -48,6 +48,6 @@ class KvForecast:
             gained = growth * (ending if ending > now else now)
             fixed += held - gained
             then = fixed + gained * count
-            if then > peak:  # (this is the dispatcher's innermost loop)
+            if then > peak:  # noqa: PLR1730 - this is the dispatcher's innermost loop
                 peak = then
         return peak

@@ -26,7 +26,7 @@ class DispatchSettings(BaseModel):
         description="Share of a worker's KV that running calls may fill at their peak; the rest keeps prefixes.",
     )
     overcommit: float = Field(
-        0.15,
+        0.25,
         ge=0,
         le=1,
         description="By how much of the KV their peak may exceed that where a preemption costs next to nothing.",

@@ -128,6 +128,20 @@ def test_calls_that_share_a_prefix_run_side_by_side() -> None:
     assert len({a.call.chain[:40] for a in first}) == 1, "both roles' instructions would fill the cache"
 
 
+def test_who_shares_is_found_behind_the_window() -> None:
+    """Its first calls all belong to a role of which nothing runs."""
+    state = fleet(1, max_running=2, window=4)
+    pro, contra = blocks("pro", 40), blocks("contra", 40)
+    (runs,) = ask(state, call(blocks("q", 1, contra), run_seq=1, node="contra"))
+    many = [call(blocks(f"q{i}", 1, pro), run_seq=2 + i, node="pro") for i in range(20)]
+    shares = call(blocks("last", 1, contra), run_seq=99, node="contra")
+    (next_one,) = ask(state, *many, shares)
+    assert next_one.call is shares
+    finish(state, runs)
+    finish(state, next_one)
+    assert [a.call for a in decide(state, 0.0)] == many[:2], "nothing runs: rank decides"
+
+
 def test_a_call_of_another_role_is_not_passed_for_ever() -> None:
     state = fleet(1, capacity=60, max_running=2)
     many, other = blocks("many", 40), call(blocks("rare", 45), run_seq=2)
