@@ -65,7 +65,7 @@ class QueuedCall:
     """Prompt tokens' worth of work by which it lengthens that lane."""
     passed: int = 0
     """Calls behind it in rank that went before it."""
-    _own: tuple[int, int] = (0, 0)
+    _own: tuple[int, int] = field(init=False, default=(0, 0))
 
     def __post_init__(self) -> None:
         self.turns = self.tenant, self.share or self.group

@@ -132,6 +132,7 @@ class Dispatcher:
         if facts.num_blocks and facts.num_blocks != known.capacity:
             known.capacity = facts.num_blocks
             known.residency.resize(facts.num_blocks)
+            known.version += 1
         known.block_size = facts.block_size or known.block_size
         if worker.epoch != known.epoch:
             known.epoch = worker.epoch

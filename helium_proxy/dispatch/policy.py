@@ -38,10 +38,12 @@ _STARTED_BONUS = 0.5
 """What a call gains on others, as a share of its prompt, since its run has begun: what that left would be lost."""
 _ALONE = 0.5
 """A call of whose blocks running calls hold a smaller share is taken to share none of them that matter."""
-_BEHIND = 512
+_BEHIND = 256
 """Waiting calls of a workflow, among which one that shares is sought behind the window."""
 _ALIKE = 4
 """So many of a node."""
+_FURTHER = 64
+"""So many from there may go before one of lower rank."""
 _PLACED_AT_ONCE = 256
 """Calls: after a burst of arrivals the rest is left to the next decision, so that nothing else waits long."""
 _PASSES = 256
@@ -139,20 +141,28 @@ def _next(
         return best
     if worker.matches(best)[1] >= _ALONE * len(best.chain):
         return best
-    return max((best, *_behind(state, lane, worker, best)), key=lambda call: _score(state, worker, call))
+    further = _behind(state, lane, worker, best, everyone=state.begins_all(first, worker))
+    chosen = max((best, *further), key=lambda call: _score(state, worker, call))
+    if chosen is not best:
+        first.passed += _PASSES // _FURTHER
+    return chosen
 
 
-def _behind(state: DispatchState, lane: Lane, worker: WorkerState, best: QueuedCall) -> list[QueuedCall]:
+def _behind(
+    state: DispatchState, lane: Lane, worker: WorkerState, best: QueuedCall, *, everyone: bool
+) -> list[QueuedCall]:
     """Calls of the same workflow behind the window, as urgent to their clients: a few of each node, since those are
-    much alike. `best`, of the window, would add a prefix of its own to what runs; one of these may not."""
-    seen: Counter[str] = Counter()
+    much alike. `best`, of the window, would add a prefix of its own to what runs; one of these may not. `everyone`:
+    runs that have not begun, too."""
+    window = state.settings.window
+    seen: Counter[tuple[str, str]] = Counter()
     found: list[QueuedCall] = []
-    begins_all = state.begins_all(best, worker)
-    for rank, call in islice(lane.groups[best.turns], state.settings.window, _BEHIND):
-        if rank[0] != best.rank[0]:
+    for rank, call in islice(lane.groups[best.turns], window, window + _BEHIND):
+        if rank[0] != best.rank[0] or len(found) == window:
             break
-        if seen[call.node] < _ALIKE and (begins_all or state.flights.has_begun(call.flight, worker.id)):
-            seen[call.node] += 1
+        kind = call.group, call.node
+        if seen[kind] < _ALIKE and (everyone or state.flights.has_begun(call.flight, worker.id)):
+            seen[kind] += 1
             found.append(call)
     return found
 
@@ -237,13 +247,7 @@ def _take_over(
         if backlog_s >= behind[last]:
             break
         lane = queue.lanes[last.id]
-        found: tuple[float, QueuedCall] | None = None
-        for call in _eligible(state, queue, lane, worker):
-            if worker.id in call.exclude or call.prefer == last.id:
-                continue
-            cost = worker.cost(call, *worker.matches(call))
-            if found is None or cost - call.lane_work < found[0]:
-                found = cost - call.lane_work, call
+        found = _seek(state, queue, lane, last, worker)
         if found is None:
             held.add(last)
             continue
@@ -259,6 +263,23 @@ def _take_over(
         else:
             last_first.remove(last)
     return assignments
+
+
+def _seek(
+    state: DispatchState, queue: Queue, lane: Lane, last: WorkerState, worker: WorkerState
+) -> tuple[float, QueuedCall] | None:
+    """The call of the lane of `last` that costs `worker` least, compared with what it costs there, and by how much."""
+    seen = worker.version, state.flights.gone_from(worker.id), lane.stamp
+    if worker.sought[0] != seen:
+        found: tuple[float, QueuedCall] | None = None
+        for call in _eligible(state, queue, lane, worker):
+            if worker.id in call.exclude or call.prefer == last.id:
+                continue
+            extra = worker.cost(call, *worker.matches(call)) - call.lane_work
+            if found is None or extra < found[0]:
+                found = extra, call
+        worker.sought = seen, found
+    return worker.sought[1]
 
 
 # -- an assignment

@@ -13,6 +13,7 @@ free. (Workflows that nobody has named take turns as one: `Arrival.share`.)
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -24,6 +25,7 @@ GroupKey = tuple[str, str]
 """(tenant, workflow): a call's `turns`."""
 
 _GROUPS_REMEMBERED = 10_000
+_stamps = itertools.count()
 
 
 @lru_cache(4096)
@@ -48,6 +50,7 @@ class Lane:
         self._marks: dict[int, int] = {}  # block at one of `depths` of a waiting chain → chains that have it
         self._length = 0
         self.blocked: object = None  # the state of worker and lane in which the next call found no room
+        self.stamp = next(_stamps)  # another one whenever other calls wait here
 
     def __len__(self) -> int:
         return self._length
@@ -63,6 +66,7 @@ class Lane:
     def push(self, call: QueuedCall) -> None:
         bisect.insort(self.groups.setdefault(call.turns, []), (call.rank, call))
         self._length += 1
+        self.stamp = next(_stamps)
         self.blocked = None
         self.work += call.lane_work
         new, marks = [], self._marks
@@ -81,6 +85,7 @@ class Lane:
         if not waiting:
             del self.groups[key]
         self._length -= 1
+        self.stamp = next(_stamps)
         self.blocked = None
         self.work = max(0.0, self.work - call.lane_work) if self._length else 0.0
         gone, marks = [], self._marks

@@ -53,6 +53,9 @@ class WorkerState:
     forecast: KvForecast = field(default_factory=KvForecast)
     version: int = 0
     """Increases when blocks may have become resident or been lost."""
+    sought: tuple[object, tuple[float, QueuedCall] | None] = (None, None)
+    """In which state of this worker and of another's lane a call to take over was last looked for, and the one found,
+    with the work by which it would cost more here than there."""
     holders: InitVar[Holders | None] = None
     """Of the state that this is a worker of."""
 

@@ -215,6 +215,7 @@ class Ahead:
         pins = choose(busiest(wanted, 4 * budget), budget, known.rates.seconds(size, 0), least)
         for name in site.pins.plan(pins, now):
             known.residency.unpin(name)
+            known.version += 1
         site.used = {pin.name: site.used.get(pin.name, site.filled) for pin in pins}
         self._count_losses(site, worker, known)
         if not self._sites.idle(worker, known) or site.prewarm is not None:

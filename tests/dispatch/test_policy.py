@@ -130,7 +130,7 @@ def test_calls_that_share_a_prefix_run_side_by_side() -> None:
 
 def test_who_shares_is_found_behind_the_window() -> None:
     """Its first calls all belong to a role of which nothing runs."""
-    state = fleet(1, max_running=2, window=4)
+    state = fleet(1, max_running=2, window=8)
     pro, contra = blocks("pro", 40), blocks("contra", 40)
     (runs,) = ask(state, call(blocks("q", 1, contra), run_seq=1, node="contra"))
     many = [call(blocks(f"q{i}", 1, pro), run_seq=2 + i, node="pro") for i in range(20)]
