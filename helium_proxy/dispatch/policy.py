@@ -268,7 +268,7 @@ def _take_over(
 def _seek(
     state: DispatchState, queue: Queue, lane: Lane, last: WorkerState, worker: WorkerState
 ) -> tuple[float, QueuedCall] | None:
-    """The call of the lane of `last` that costs `worker` least, compared with what it costs there, and by how much."""
+    """The call of the lane of `last` that costs `worker` least beside what it costs there; and by how much more."""
     seen = worker.version, state.flights.gone_from(worker.id), lane.stamp
     if worker.sought[0] != seen:
         found: tuple[float, QueuedCall] | None = None

@@ -121,7 +121,7 @@ class Drawing:
         draw = getattr(self, f"_{kind}", None)
         if draw is None:
             return
-        pads = {"stat": (0.1, 0.1, 0.1, 0.35), "timeseries": (0.7, 0.95, 0.15, 0.4), "table": (0.1, 0.1, 0.1, 0.35)}
+        pads = {"stat": (0.1, 0.1, 0.1, 0.35), "timeseries": (0.7, 0.85, 0.15, 0.4), "table": (0.1, 0.1, 0.1, 0.35)}
         axes = self._axes(place, pads.get(kind, (1.6, 0.5, 0.2, 0.4)))
         axes.set_title(panel["title"], loc="left", color=TEXT, fontsize=9, pad=6)
         axes.tick_params(colors=DIM, labelsize=7, length=0)
@@ -186,9 +186,9 @@ class Drawing:
         axes.xaxis.set_major_formatter(lambda at, _: f"{int(at) // 60}:{int(at) % 60:02}")
         axes.yaxis.set_major_formatter(lambda value, _: said(value, unit))
         if series:
-            axes.legend(
-                loc="upper left", bbox_to_anchor=(-0.08, -0.12), ncols=4, fontsize=7, labelcolor=TEXT, frameon=False
-            )
+            columns = 4 if panel["gridPos"]["w"] > 8 else 2
+            place = {"loc": "upper left", "bbox_to_anchor": (-0.08, -0.1), "ncols": columns}
+            axes.legend(**place, fontsize=7, labelcolor=TEXT, frameon=False)
 
     def _bargauge(self, axes: Any, panel: dict[str, Any], unit: str) -> None:
         found = sorted(self._now(panel["targets"][0]), key=lambda one: one[2])[-12:]
@@ -258,6 +258,7 @@ def configuration(folder: Path, targets: dict[str, list[str]]) -> Path:
 
 
 def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     with proxy() as base, tempfile.TemporaryDirectory() as scratch:
         workers = [worker["id"] for worker in httpx.get(f"{base}/helium/workers").json()["workers"]]
         targets = {"helium-proxy": [base.removeprefix("http://")], "vllm": workers}
