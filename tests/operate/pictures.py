@@ -62,6 +62,8 @@ def said(value: float, unit: str) -> str:
     if unit == "percentunit":
         return f"{100 * value:.3g}%"
     if unit == "s":
+        if value >= 100:
+            return f"{value / 60:.3g} min"
         return f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
