@@ -22,9 +22,10 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from helium_proxy.engine.profile import PROFILES
+from helium_proxy.local import free_port
 from helium_proxy.residency.kv_events import event_sources
 
-from .process import ROOT, Server, StartFailed, free_port
+from .process import ROOT, Server, StartFailed
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,12 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from helium_proxy.local import free_port
+
 from . import build_peers, load, systems
 from .campaign import Campaign, describe, order, save
 from .engines import EngineOptions, Engines
-from .process import Server, StartFailed, free_port, stop_on_sigterm
+from .process import Server, StartFailed, stop_on_sigterm
 
 
 @dataclass

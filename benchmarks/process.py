@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,12 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class StartFailed(RuntimeError):
     """A server exited or was not ready in time; the message ends with the tail of its log."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Server:

@@ -19,10 +19,12 @@ import aiohttp
 import orjson
 import yaml
 
+from helium_proxy.local import free_port
+
 from . import build_peers
 from .client import Decorate, leave_alone
 from .engines import Engines
-from .process import Server, StartFailed, free_port
+from .process import Server, StartFailed
 from .workloads import Call
 
 Family = Literal["direct", "peer", "helium"]

@@ -21,6 +21,7 @@ from helium_proxy.demo.proxy import usable_port
 from helium_proxy.demo.texts import DEBATERS, EXPERTS, handbook, report
 from helium_proxy.demo.workflows import Agent, calls, run_all
 from helium_proxy.engine.text import Tokenizer
+from helium_proxy.local import free_port
 
 KV = demo.BLOCKS * demo.BLOCK_SIZE
 
@@ -120,3 +121,8 @@ async def test_interrupted_while_it_measures_it_leaves_no_process_behind():
     for child in children:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
+
+
+def test_a_port_is_given_once() -> None:
+    ports = [free_port() for _ in range(500)]
+    assert len(set(ports)) == 500

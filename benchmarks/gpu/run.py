@@ -27,9 +27,10 @@ from benchmarks import tables
 from benchmarks.campaign import Campaign, execute, save
 from benchmarks.engines import EngineOptions
 from benchmarks.gpu import mps
-from benchmarks.process import ROOT, Server, StartFailed, free_port, stop_on_sigterm
+from benchmarks.process import ROOT, Server, StartFailed, stop_on_sigterm
 from benchmarks.stats import Measurement
 from benchmarks.workloads import PAPER_SHAPES, SIZES, WORKLOADS
+from helium_proxy.local import free_port
 
 MODEL = "demo"
 _BLOCK = 16

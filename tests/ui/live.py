@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -16,16 +15,12 @@ from typing import Any
 
 import httpx
 
+from helium_proxy.local import free_port
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from operate.load import Load
 
 SETTINGS = {"HELIUM_ENGINE__PROFILE": "h100-8b", "HELIUM_ENGINE__COUNT": "2", "HELIUM_LOG__LEVEL": "warning"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
