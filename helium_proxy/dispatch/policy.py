@@ -42,8 +42,6 @@ _BEHIND = 256
 """Waiting calls of a workflow, among which one that shares is sought behind the window."""
 _ALIKE = 4
 """So many of a node."""
-_FURTHER = 64
-"""So many from there may go before one of lower rank."""
 _PLACED_AT_ONCE = 256
 """Calls: after a burst of arrivals the rest is left to the next decision, so that nothing else waits long."""
 _PASSES = 256
@@ -95,11 +93,8 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
     if state.settings.placement == "cost":
         idle = [w for w in workers if not queue.lanes.get(w.id) and not w.saturated(state.settings)]
         behind = {w: until_done(queue, w, now) for w in workers if queue.lanes.get(w.id)} if idle else {}
-        last_first = sorted(behind, key=behind.__getitem__, reverse=True)
         for worker in idle:
-            if not last_first:
-                break
-            assignments += _take_over(state, queue, behind, last_first, worker, now)
+            assignments += _take_over(state, queue, behind, worker, now)
     return assignments
 
 
@@ -110,7 +105,7 @@ def _fill(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState, n
     settings = state.settings
     assignments: list[Assignment] = []
     kept = state.returns.kept(worker.id)
-    if lane.blocked == (worker.version, kept, state.flights.gone_from(worker.id)):
+    if lane.blocked == (lane.stamp, worker.version, kept, state.flights.gone_from(worker.id)):
         return assignments  # nothing has changed since its next call found no room
     while lane and not worker.saturated(settings):
         first = queue.turn(lane)[0][1]
@@ -121,7 +116,7 @@ def _fill(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState, n
         elif call is not None and call is not first:
             first.passed += 1
         if call is None:
-            lane.blocked = worker.version, kept, state.flights.gone_from(worker.id)
+            lane.blocked = lane.stamp, worker.version, kept, state.flights.gone_from(worker.id)
             break
         assignments.append(_start(state, queue, call, worker, call.reason, now))
     return assignments
@@ -142,10 +137,7 @@ def _next(
     if worker.matches(best)[1] >= _ALONE * len(best.chain):
         return best
     further = _behind(state, lane, worker, best, everyone=state.begins_all(first, worker))
-    chosen = max((best, *further), key=lambda call: _score(state, worker, call))
-    if chosen is not best:
-        first.passed += _PASSES // _FURTHER
-    return chosen
+    return max((best, *further), key=lambda call: _score(state, worker, call))
 
 
 def _behind(
@@ -227,22 +219,14 @@ def _score(state: DispatchState, worker: WorkerState, call: QueuedCall) -> float
 
 
 def _take_over(
-    state: DispatchState,
-    queue: Queue,
-    behind: dict[WorkerState, float],
-    last_first: list[WorkerState],
-    worker: WorkerState,
-    now: float,
+    state: DispatchState, queue: Queue, behind: dict[WorkerState, float], worker: WorkerState, now: float
 ) -> list[Assignment]:
-    """`behind`: when the workers will be done with the calls in their lanes; `last_first`: those that have any, by
-    that. Both are brought up to date."""
+    """`behind`: the workers with calls in their lanes and when they will be done with them, brought up to date."""
     settings = state.settings
     assignments: list[Assignment] = []
     held: set[WorkerState] = set()  # those whose lanes have nothing that may begin here
-    while not worker.saturated(settings):
-        last = next((w for w in last_first if w not in held), None)
-        if last is None:
-            break
+    while len(held) < len(behind) and not worker.saturated(settings):
+        last = max((w for w in behind if w not in held), key=behind.__getitem__)
         backlog_s = worker.backlog_s(now)
         if backlog_s >= behind[last]:
             break
@@ -259,9 +243,8 @@ def _take_over(
         assignments.append(_start(state, queue, call, worker, "idle", now))
         if lane:
             behind[last] = until_done(queue, last, now)
-            last_first.sort(key=behind.__getitem__, reverse=True)
         else:
-            last_first.remove(last)
+            del behind[last]
     return assignments
 
 
@@ -269,7 +252,7 @@ def _seek(
     state: DispatchState, queue: Queue, lane: Lane, last: WorkerState, worker: WorkerState
 ) -> tuple[float, QueuedCall] | None:
     """The call of the lane of `last` that costs `worker` least beside what it costs there; and by how much more."""
-    seen = worker.version, state.flights.gone_from(worker.id), lane.stamp
+    seen = lane.stamp, worker.version, state.flights.gone_from(worker.id)
     if worker.sought[0] != seen:
         found: tuple[float, QueuedCall] | None = None
         for call in _eligible(state, queue, lane, worker):

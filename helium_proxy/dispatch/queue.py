@@ -25,7 +25,7 @@ GroupKey = tuple[str, str]
 """(tenant, workflow): a call's `turns`."""
 
 _GROUPS_REMEMBERED = 10_000
-_stamps = itertools.count()
+_stamps = itertools.count()  # of all lanes: one that is opened again is another
 
 
 @lru_cache(4096)
@@ -49,8 +49,8 @@ class Lane:
         self.work = 0.0  # sum of the calls' `lane_work`
         self._marks: dict[int, int] = {}  # block at one of `depths` of a waiting chain → chains that have it
         self._length = 0
-        self.blocked: object = None  # the state of worker and lane in which the next call found no room
         self.stamp = next(_stamps)  # another one whenever other calls wait here
+        self.blocked: object = None  # the state of worker and lane in which the next call found no room
 
     def __len__(self) -> int:
         return self._length
@@ -67,7 +67,6 @@ class Lane:
         bisect.insort(self.groups.setdefault(call.turns, []), (call.rank, call))
         self._length += 1
         self.stamp = next(_stamps)
-        self.blocked = None
         self.work += call.lane_work
         new, marks = [], self._marks
         for depth in depths(len(call.chain)):
@@ -86,7 +85,6 @@ class Lane:
             del self.groups[key]
         self._length -= 1
         self.stamp = next(_stamps)
-        self.blocked = None
         self.work = max(0.0, self.work - call.lane_work) if self._length else 0.0
         gone, marks = [], self._marks
         for depth in depths(len(call.chain)):
