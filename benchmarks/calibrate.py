@@ -31,6 +31,7 @@ import aiohttp
 
 from helium_proxy.engine import EngineConfig, Profile, Request, Scheduler, block_hashes
 from helium_proxy.engine.profile import CPU_TINY
+from helium_proxy.local import free_port
 
 RESULT = Path(__file__).parent / "results" / "calibration.json"
 PAGE = Path(__file__).parents[1] / "docs" / "engine.md"
@@ -222,7 +223,7 @@ def engine(url: str | None, blocks: int) -> Iterator[str]:
     if url is not None:
         yield url
         return
-    from tests.vllm.engines import VllmEngine, free_port
+    from tests.vllm.engines import VllmEngine
 
     with VllmEngine(port=free_port(), core=0, blocks=blocks) as running:
         yield running.url

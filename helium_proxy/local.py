@@ -18,7 +18,7 @@ _given: set[int] = set()
 
 def free_port() -> int:
     """A port of 127.0.0.1 that was free a moment ago, and another one each time: what is started on it may take a
-    while to bind it."""
+    while to bind it, and vLLM shares a port with another without complaint."""
     while True:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

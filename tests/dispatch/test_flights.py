@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -168,6 +170,32 @@ def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(known._runs) == 10
     assert len(known._habits) <= 5
     assert known.committed("w0") <= 10 * 20
+
+
+def test_sums_by_worker_are_of_the_runs_in_flight_there() -> None:
+    """Whatever order they begin, go on, pause, end and are lost in."""
+    rng = random.Random(1)
+    known = Flights()
+    for step in range(3000):
+        now, run, worker = 0.01 * step, (rng.randrange(1, 40), None), rng.choice(("w0", "w1"))
+        group = ("t", "demo", f"g{run[0] % 3}")
+        action = rng.random()
+        if action < 0.6:
+            known.arrived(run, group, now)
+            known.started(run, worker, (run[0], step), rng.randrange(2), rng.randrange(1, 30))
+        elif action < 0.98:
+            known.left(run, now, last=rng.random() < 0.3)
+        elif action < 0.99:
+            known.withdrawn(run)
+        else:
+            known.gone(worker)
+        known.expire(now)
+        for name, here in known._here.items():
+            flights_here = [f for f in known._runs.values() if name in f.written and f in here.runs.values()]
+            assert len(flights_here) == len(here.runs)
+            assert here.groups == Counter(f.group for f in flights_here)
+            wanted = [max(f.written[name].total, f.habits.working_set(f.written[name].first)) for f in flights_here]
+            assert known.committed(name) == pytest.approx(sum(wanted), rel=0.25), "as known lately"
 
 
 # -- in decisions

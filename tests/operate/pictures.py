@@ -11,7 +11,6 @@ import asyncio
 import json
 import math
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,15 +19,13 @@ from typing import Any
 
 import httpx
 import matplotlib
-import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ui.live import free_port, proxy
+from ui.live import proxy
 
-from operate.compose import DOCKER
 from operate.dashboards import DASHBOARDS, Query
 from operate.load import Load
-from operate.scrape import Prometheus
+from operate.scrape import Prometheus, prometheus
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -123,7 +120,7 @@ class Drawing:
         draw = getattr(self, f"_{kind}", None)
         if draw is None:
             return
-        pads = {"stat": (0.1, 0.1, 0.1, 0.35), "timeseries": (0.7, 0.85, 0.15, 0.4), "table": (0.1, 0.1, 0.1, 0.35)}
+        pads = {"stat": (0.1, 0.1, 0.1, 0.35), "timeseries": (0.7, 0.85, 0.15, 0.4)}
         axes = self._axes(place, pads.get(kind, (1.6, 0.5, 0.2, 0.4)))
         axes.set_title(panel["title"], loc="left", color=TEXT, fontsize=9, pad=6)
         axes.tick_params(colors=DIM, labelsize=7, length=0)
@@ -150,9 +147,7 @@ class Drawing:
 
     def _colour(self, panel: dict[str, Any], legend: str, index: int) -> str:
         for override in panel["fieldConfig"]["overrides"]:
-            if override["matcher"]["options"] == legend and "fixedColor" in (
-                override["properties"][0]["value"] or {}
-            ):
+            if override["matcher"]["options"] == legend:
                 colour = override["properties"][0]["value"]["fixedColor"]
                 return NAMED.get(colour, colour)
         return COLOURS[index % len(COLOURS)]
@@ -192,12 +187,6 @@ class Drawing:
             place = {"loc": "upper left", "bbox_to_anchor": (-0.08, -0.1), "ncols": columns}
             axes.legend(**place, fontsize=7, labelcolor=TEXT, frameon=False)
 
-    def _bargauge(self, axes: Any, panel: dict[str, Any], unit: str) -> None:
-        found = sorted(self._now(panel["targets"][0]), key=lambda one: one[2])[-12:]
-        bars = axes.barh([legend[:24] for legend, _, _ in found], [value for *_, value in found], color=COLOURS[0])
-        axes.bar_label(bars, [said(value, unit) for *_, value in found], color=TEXT, fontsize=7, padding=3)
-        axes.set_xticks([])
-
     def _barchart(self, axes: Any, panel: dict[str, Any], unit: str) -> None:
         label = panel["options"]["xField"]
         phases = [(t["legendFormat"], {b[label]: v for _, b, v in self._now(t)}) for t in panel["targets"]]
@@ -211,24 +200,6 @@ class Drawing:
             left = [a + b for a, b in zip(left, width, strict=True)]
         axes.xaxis.set_major_formatter(lambda value, _: said(value, unit))
         axes.legend(loc="lower right", fontsize=7, labelcolor=TEXT, frameon=False)
-
-    def _table(self, axes: Any, panel: dict[str, Any], unit: str) -> None:
-        axes.axis("off")
-        units = {o["matcher"]["options"]: o["properties"][0]["value"] for o in panel["fieldConfig"]["overrides"]}
-        columns, rows = [], {}
-        for number, target in enumerate(panel["targets"]):
-            columns.append(target["legendFormat"])
-            for _, labels, value in self._now(target):
-                key = " · ".join(labels.values())
-                rows.setdefault(key, {})[number] = said(value, units.get(target["legendFormat"], unit))
-        lines = list(rows.items())[: round(panel["gridPos"]["h"] * 1.2)]
-        for at, cells in enumerate([("", dict(enumerate(columns))), *lines]):
-            y = 1 - (at + 0.5) / (len(lines) + 1)
-            colour = DIM if at == 0 else TEXT
-            axes.text(0.0, y, cells[0], color=colour, fontsize=8, va="center")
-            for number in range(len(columns)):
-                x = 0.25 + 0.75 * (number + 1) / len(columns)
-                axes.text(x, y, cells[1].get(number, ""), color=colour, fontsize=8, va="center", ha="right")
 
 
 async def work(base: str, until: float) -> None:
@@ -246,38 +217,17 @@ async def work(base: str, until: float) -> None:
         )
 
 
-def configuration(folder: Path, targets: dict[str, list[str]]) -> Path:
-    """docker/prometheus with these targets, scraped every second."""
-    path = folder / "prometheus.yml"
-    text = (DOCKER / "prometheus" / "prometheus.yml").read_text()
-    config = yaml.safe_load(text) | {"rule_files": [str(DOCKER / "prometheus" / "rules" / "*.yml")]}
-    config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "5s"}
-    config["scrape_configs"] = [
-        {"job_name": job, "static_configs": [{"targets": hosts}]} for job, hosts in targets.items()
-    ]
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with proxy() as base, tempfile.TemporaryDirectory() as scratch:
         workers = [worker["id"] for worker in httpx.get(f"{base}/helium/workers").json()["workers"]]
         targets = {"helium-proxy": [base.removeprefix("http://")], "vllm": workers}
-        port = free_port()
-        command = ["prometheus", f"--config.file={configuration(Path(scratch), targets)}"]
-        command += [f"--storage.tsdb.path={scratch}/data", f"--web.listen-address=127.0.0.1:{port}"]
-        server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        try:
+        with prometheus(Path(scratch), targets) as asked:
             begin = time.time()
             asyncio.run(work(base, begin + SECONDS))
-            time.sleep(3)
-            prometheus, end = Prometheus(f"http://127.0.0.1:{port}"), time.time()
+            end = time.time()
             for name, until in UNTIL.items():
-                Drawing(name, until, prometheus, begin, end).save(folder / f"dashboard-{name}.png")
-        finally:
-            server.terminate()
-            server.wait(20)
+                Drawing(name, until, asked, begin, end).save(folder / f"dashboard-{name}.png")
 
 
 if __name__ == "__main__":

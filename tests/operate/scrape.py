@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import shutil
+import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
+
+from helium_proxy.local import free_port
 
 from .compose import DOCKER
 from .dashboards import base, names, panel_queries, rules
@@ -68,6 +74,39 @@ class Prometheus:
         while not self.query(expr):
             assert time.monotonic() < end, f"no data: {expr}"
             time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path, targets: dict[str, list[str]]) -> Iterator[Prometheus]:
+    """Debian's Prometheus with our configuration; the jobs' targets are `targets`, everything else is compose's."""
+    path = fast_copy(folder) / "prometheus.yml"
+    config = yaml.safe_load(path.read_text())
+    for job in config["scrape_configs"]:
+        for discovery in ("static_configs", "dns_sd_configs", "relabel_configs"):
+            job.pop(discovery, None)
+        job["static_configs"] = [{"targets": targets[job["job_name"]]}]
+    path.write_text(yaml.safe_dump(config))
+    port = free_port()
+    command = [
+        "prometheus",
+        f"--config.file={path}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    with (folder / "prometheus.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            assert process.poll() is None, (folder / "prometheus.log").read_text()
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{port}/-/ready").status_code == 200:
+                    break
+            time.sleep(0.2)
+        yield Prometheus(f"http://127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def unanswered(prometheus: Prometheus) -> list[str]:

@@ -16,8 +16,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import build_env
-from engines import EngineClient, VllmEngine, free_port, start_engines
+from engines import EngineClient, VllmEngine, start_engines
 from pinner import pinning_pair
+
+from helium_proxy.local import free_port
 
 HERE = Path(__file__).parent
 

@@ -3,7 +3,7 @@
     python tests/vllm/engines.py --n 2 --ports 8101,8102 [--blocks 96] [--plugin] [--kv-events]
 
 starts the engines (building their environment first when it is missing) and keeps them until Ctrl-C or SIGTERM. From
-code: ``with VllmEngine(port=free_port()) as engine: ...``. Standard library only, independent of pytest.
+code: ``with VllmEngine(port=free_port()) as engine: ...``. Independent of pytest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from helium_proxy.local import free_port
 
 try:
     from . import build_env
@@ -40,20 +41,6 @@ BLOCK_SIZE = 128  # tokens; vLLM's default on CPU
 
 class EngineFailed(RuntimeError):
     """The engine exited or did not become ready; the message ends with the tail of its log."""
-
-
-_given: set[int] = set()
-
-
-def free_port() -> int:
-    """Another one each time: two engines would share one port without complaint."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port not in _given:
-            _given.add(port)
-            return port
 
 
 class EngineClient:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines import PIN_CONNECTOR, VllmEngine, free_port
+from engines import PIN_CONNECTOR, VllmEngine
+
+from helium_proxy.local import free_port
 
 BLOCK = 32  # tokens
 USABLE = 63  # blocks

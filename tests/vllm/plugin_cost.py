@@ -14,7 +14,9 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from engines import PIN_CONNECTOR, VllmEngine, free_port, start_engines
+from engines import PIN_CONNECTOR, VllmEngine, start_engines
+
+from helium_proxy.local import free_port
 
 REQUESTS, PROMPT, OUTPUT = 16, 64, 48  # per burst; tokens
 

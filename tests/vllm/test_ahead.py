@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import PIN_CONNECTOR, VllmEngine, free_port
+from engines import PIN_CONNECTOR, VllmEngine
+
+from helium_proxy.local import free_port
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

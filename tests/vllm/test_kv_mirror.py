@@ -10,8 +10,9 @@ import urllib.request
 from typing import Any
 
 import pytest
-from engines import VllmEngine, free_port
+from engines import VllmEngine
 
+from helium_proxy.local import free_port
 from helium_proxy.residency.kv_book import BlockView, Event, Removed
 from helium_proxy.residency.kv_events import KvEventSubscriber, event_sources
 

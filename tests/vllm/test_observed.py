@@ -4,55 +4,17 @@ alert expression has an answer with vLLM's own metric names."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
-import yaml
 from engines import EngineClient
 from operate.load import Load
-from operate.scrape import Prometheus, fast_copy, unanswered
-from ui.live import free_port, proxy
+from operate.scrape import Prometheus, prometheus, unanswered
+from ui.live import proxy
 
 pytestmark = pytest.mark.vllm
-
-
-@contextlib.contextmanager
-def prometheus(folder: Path, targets: dict[str, list[str]]) -> Iterator[Prometheus]:
-    """Debian's Prometheus with our configuration; the jobs' targets are `targets`, everything else is compose's."""
-    path = fast_copy(folder) / "prometheus.yml"
-    config = yaml.safe_load(path.read_text())
-    for job in config["scrape_configs"]:
-        for discovery in ("static_configs", "dns_sd_configs", "relabel_configs"):
-            job.pop(discovery, None)
-        job["static_configs"] = [{"targets": targets[job["job_name"]]}]
-    path.write_text(yaml.safe_dump(config))
-    port = free_port()
-    command = [
-        "prometheus",
-        f"--config.file={path}",
-        f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        end = time.monotonic() + 30
-        while time.monotonic() < end:
-            assert process.poll() is None, (folder / "prometheus.log").read_text()
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/-/ready").status_code == 200:
-                    break
-            time.sleep(0.2)
-        yield Prometheus(f"http://127.0.0.1:{port}")
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 async def under_load(base: str) -> None:
