@@ -1,9 +1,9 @@
 """What the proxy itself costs: ``python -m benchmarks.overhead``.
 
 One zero-latency upstream (`benchmarks.stub`); in front of it, one process each and interleaved: nothing, a bare
-FastAPI + aiohttp proxy, helium-proxy with all features on (tagged calls, each with another prompt), the vllm-router
-package and LiteLLM. Measured: requests/s at 32 connections, latency at one connection, the delay added to each chunk
-at 64 streams of 50 chunks a second, resident memory over 10,000 calls with unique prefixes.
+FastAPI + aiohttp proxy, helium-proxy with all features on (tagged calls, each with another prompt) and with none, the
+vllm-router package and LiteLLM. Measured: requests/s at 32 connections, latency at one connection, the delay added to
+each chunk at 64 streams of 50 chunks a second, resident memory over 10,000 calls with unique prefixes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Sample:
     chunks: int
     errors: int
     memory_mib: tuple[float, float] | None = None
-    """Resident after 1,000 and after 10,000 calls (helium-proxy only)."""
+    """Resident after 1,000 and after 10,000 calls (helium-proxy with all features only)."""
 
 
 def _bare(engines: Engines, port: int) -> list[str]:
@@ -53,7 +53,7 @@ def _bare(engines: Engines, port: int) -> list[str]:
 
 
 BARE = systems.System("bare", "peer", _bare)
-NAMES = ("direct", "bare", "helium", "vllm-router", "litellm")
+NAMES = ("direct", "bare", "helium", "helium-passthrough", "vllm-router", "litellm")
 
 
 def _system(name: str) -> systems.System:
@@ -88,7 +88,7 @@ async def measure(
             server, url = await systems.start(system, upstream, session)
             port = int(url.rpartition(":")[2])
         memory = None
-        if server is not None and tagged and repeat == 0:
+        if server is not None and name == "helium" and repeat == 0:
             memory = await _memory(port, server.pid, repeat)
         await load.closed_loop(port, connections=8, seconds=1, tagged=tagged, nonce=f"warm{repeat}.")
         many = await load.closed_loop(port, connections=32, seconds=seconds, tagged=tagged, nonce=f"many{repeat}.")

@@ -330,6 +330,11 @@ def overhead(results: Results, folder: Path) -> str:
             f"{ours['single_p50_ms'] - bare['single_p50_ms']:+.2f} ms at one connection, "
             f"{ours['chunk_p50_ms'] - bare['chunk_p50_ms']:+.3f} ms a chunk."
         )
+        if "helium-passthrough" in summary:
+            lines.append(
+                f"In passthrough mode, which neither tracks, estimates nor queues: "
+                f"{summary['helium-passthrough']['rate'] / bare['rate']:.0%} of its requests/s."
+            )
     if "helium" in summary and "litellm" in summary:
         lines.append(f"{summary['helium']['rate'] / summary['litellm']['rate']:.0f} × LiteLLM's requests/s.")
     for sample in result["samples"]:

@@ -57,9 +57,10 @@ def show_workers(url: str, api_key: str | None) -> None:
 
 def show_runs(url: str, api_key: str | None, *, limit: int, workflow: str | None) -> None:
     """A table of the newest runs."""
-    found: list[Json] = _get(url, api_key, "/helium/runs", limit=limit, workflow=workflow)["runs"]
+    answer = _get(url, api_key, "/helium/runs", limit=limit, workflow=workflow)
+    found: list[Json] = answer["runs"]
     if not found:
-        _console().print("No runs yet.")
+        _console().print("No run is seen in passthrough mode." if answer["mode"] == "passthrough" else "No runs yet.")
         return
     table = _table("run", "workflow", "state", ">calls", "answered", ">prompt", ">cached", ">output", ">took", ">age")
     now = time.time()

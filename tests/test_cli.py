@@ -117,6 +117,9 @@ async def test_workers_and_runs_of_a_running_proxy(stack: Stack):
     assert runs[1].split()[:4] == ["review-1", "review", "live", "4"]
     assert "3 computed, 1 hit" in runs[1]
     assert (await at(proxy, "runs", "--workflow", "other")).output == "No runs yet.\n"
+    plain = await stack.proxy(engine, mode="passthrough")
+    await review(plain)
+    assert (await at(plain, "runs")).output == "No run is seen in passthrough mode.\n"
 
 
 async def test_a_run_is_drawn_in_layers(stack: Stack):

@@ -16,7 +16,7 @@ import structlog
 from helium_proxy import metrics
 from helium_proxy.dispatch.policy import decide
 from helium_proxy.dispatch.settings import DispatchSettings
-from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall
+from helium_proxy.dispatch.state import Assignment, DispatchState, QueuedCall, WorkerState
 from helium_proxy.errors import ModelNotFound, NoWorker, QueueFull
 from helium_proxy.residency.index import Chain
 from helium_proxy.workers.pool import Pool
@@ -36,11 +36,16 @@ class DispatchStatistics:
 
 
 class Dispatcher:
-    """Hands out assignments. Every `acquire` that returned must be followed by one `release`."""
+    """Hands out assignments. Every `acquire` that returned must be followed by one `release`.
 
-    def __init__(self, settings: DispatchSettings, pool: Pool, *, clock: Callable[[], float]) -> None:
+    `at_once`: nothing is decided; a call goes to the least loaded worker as it comes."""
+
+    def __init__(
+        self, settings: DispatchSettings, pool: Pool, *, clock: Callable[[], float], at_once: bool = False
+    ) -> None:
         self._pool = pool
         self._clock = clock
+        self._at_once = at_once
         # -- state
         self.state = DispatchState(settings)
         self._waiting: dict[str, asyncio.Future[Assignment]] = {}  # call → its caller
@@ -68,6 +73,10 @@ class Dispatcher:
             await self.wait_for_model(call.model)
             if call.prefer is not None:
                 await self._wait_for_worker(call.prefer)
+            if self._at_once:
+                while (chosen := self._least_loaded(call)) is None:
+                    await self.wait_for_model(call.model)
+                return self._start(call, chosen)
         finally:
             self._outside -= 1
         future: asyncio.Future[Assignment] = asyncio.get_running_loop().create_future()
@@ -252,7 +261,6 @@ class Dispatcher:
     def _decide_blindly(self) -> list[Assignment]:
         """What `decide` would do if nothing were known: a bug in the policy must not cost an answer. Everybody who
         waits gets a worker, those too whom the failed decision had already taken out of the queue."""
-        now = self._clock()
         queued = {call.id: call for queue in self.state.queues.values() for call in queue}
         assignments = [
             running
@@ -261,15 +269,27 @@ class Dispatcher:
             if running.call.id in self._waiting and not self._waiting[running.call.id].done()
         ]
         for call in queued.values():
-            workers = [w for w in self.state.serving(call.model) if w.open]
-            if not workers or not self.state.take(call):
-                continue
-            worker = min(workers, key=lambda w: len(w.running))
-            blind = replace(call, chain=(), hits={})
-            assignment = Assignment(blind, worker.id, 0, "least-loaded", 0, now, 0.0, 0.0)
-            worker.running[call.id] = assignment
-            assignments.append(assignment)
+            worker = self._least_loaded(call)
+            if worker is not None and self.state.take(call):
+                assignments.append(self._start(call, worker))
         return assignments
+
+    def _least_loaded(self, call: QueuedCall) -> WorkerState | None:
+        """Of the workers that may have `call`, the one that runs the fewest calls; None while none is available."""
+        workers = [w for w in self.state.serving(call.model) if self._available(w.id)]
+        if not workers:
+            return None
+        mine = [w for w in workers if w.id == call.prefer] or [w for w in workers if w.id not in call.exclude]
+        allowed = mine or workers
+        turn = self.state.next_turn() % len(allowed)  # among equals
+        return min(allowed[turn:] + allowed[:turn], key=lambda w: (w.allowance == 0, len(w.running)))
+
+    def _start(self, call: QueuedCall, worker: WorkerState) -> Assignment:
+        """`call` runs on `worker`, of whose cache and time nothing is foretold."""
+        blind = replace(call, chain=(), hits={})
+        assignment = Assignment(blind, worker.id, 0, "least-loaded", 0, self._clock(), 0.0, 0.0)
+        worker.running[call.id] = assignment
+        return assignment
 
     def _retry_after(self) -> float:
         """Seconds until the queue has drained, about."""

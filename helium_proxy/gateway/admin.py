@@ -35,8 +35,9 @@ def admin_routes(services: Services) -> APIRouter:
         workflow: str | None = None,
         state: Literal["live", "done"] | None = None,
     ) -> dict[str, Any]:
-        """The newest runs, each with its counts."""
-        return {"runs": services.workflows.runs(limit, workflow, state, _scope(who))}
+        """The newest runs, each with its counts; and the proxy's mode: none is seen in passthrough."""
+        found = services.workflows.runs(limit, workflow, state, _scope(who))
+        return {"runs": found, "mode": services.settings.mode}
 
     @router.get("/runs/{run:path}", response_model=None)
     async def run(

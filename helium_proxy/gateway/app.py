@@ -99,7 +99,8 @@ def build_services(settings: Settings) -> Services:
         background.start(events.gone(worker))
 
     pool = Pool(settings.pool, client, on_change=changed, on_gone=gone, clock=time.monotonic)
-    dispatcher = Dispatcher(settings.dispatch, pool, clock=time.monotonic)
+    plain = settings.mode == "passthrough"
+    dispatcher = Dispatcher(settings.dispatch, pool, clock=time.monotonic, at_once=plain)
     events = EventFeeds(client, tokenizers, dispatcher.state, enabled=settings.pool.kv_events)
     store = SqliteTemplateStore(settings.store.path) if settings.store.path else None
     workflows = Workflows(settings.workflow, store)

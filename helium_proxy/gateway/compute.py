@@ -114,6 +114,8 @@ class Computer:
 
     async def _estimate(self, ticket: Ticket) -> QueuedCall:
         request, estimator = ticket.request, self._services.estimator
+        if self._services.settings.mode == "passthrough":
+            return estimator.unknown(request, now=ticket.arrived_at, prefer=ticket.prefer)
         try:
             return await estimator.estimate(
                 request,
@@ -321,7 +323,8 @@ class _Exchange:
         started = ticket.started_at or now
         if reply.prompt_tokens is not None:
             services.estimator.measured(self._call, ticket.request, reply.prompt_tokens)
-        compare(self._assignment, reply, now - started)
+        if self._assignment.predicted_s:
+            compare(self._assignment, reply, now - started)
         metrics.UPSTREAM_SECONDS.labels(self._worker.id).observe(now - started)
         metrics.QUEUE_SECONDS.labels(metrics.bounded("model", self._call.model)).observe(
             max(0.0, started - ticket.planned_at)

@@ -176,7 +176,7 @@ class LlmRoutes:
         ticket = Ticket(request, raw, path, sent, arrived, control=parse_cache_control(headers.get("cache-control")))
         ticket.request_id = str(given) if safe else request_id
         self._stored(ticket)
-        if route in ID_PREFIX:
+        if route in ID_PREFIX and settings.mode == "full":
             try:
                 ticket.arrival = services.workflows.arrive(request, arrived)
                 ticket.hints = ticket.arrival.hints

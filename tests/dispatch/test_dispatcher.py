@@ -30,10 +30,11 @@ def fact(*models: str, blocks: int | None = None) -> Facts:
     return Facts(models=cards, block_size=16, num_blocks=blocks)
 
 
-def make(*models: str, **options: Any) -> tuple[Dispatcher, Workers]:
+def make(*models: str, at_once: bool = False, **options: Any) -> tuple[Dispatcher, Workers]:
     """A dispatcher, and a worker that is up for each model."""
     pool = Workers()
-    dispatcher = Dispatcher(DispatchSettings(**options), pool, clock=time.monotonic)  # type: ignore[arg-type]
+    settings = DispatchSettings(**options)
+    dispatcher = Dispatcher(settings, pool, clock=time.monotonic, at_once=at_once)  # type: ignore[arg-type]
     for i, model in enumerate(models):
         worker = Worker(WorkerSpec(url=f"http://w{i}:1"), WorkersSettings(), state="up")
         worker.facts = fact(model)
@@ -268,4 +269,45 @@ async def test_a_half_open_worker_gets_one_call_and_the_rest_when_it_is_well() -
     dispatcher.worker_changed(worker)
     for assignment in await asyncio.gather(*calls):
         dispatcher.release(assignment, ok=True)
+    assert idle(dispatcher)
+
+
+async def test_at_once_a_call_goes_to_the_least_loaded_worker_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helium_proxy.dispatch.dispatcher.decide", None)  # called, it would fail
+    dispatcher, _ = make("demo", "demo", "demo", at_once=True, max_running=1)
+    held = [await dispatcher.acquire(call(f"c{i}")) for i in range(6)]
+    assert sorted(a.worker for a in held) == ["w0:1", "w0:1", "w1:1", "w1:1", "w2:1", "w2:1"]
+    freed = held.pop(3)
+    dispatcher.release(freed, ok=True, computed_tokens=10, output_tokens=5)
+    held.append(await dispatcher.acquire(call("next")))
+    assert held[-1].worker == freed.worker
+    held.append(await dispatcher.acquire(call("state", prefer="w1:1")))
+    assert held[-1].worker == "w1:1"
+    others = frozenset({"w0:1", "w2:1"})
+    held.append(await dispatcher.acquire(call("again", exclude=others)))
+    assert held[-1].worker == "w1:1"
+    held.append(await dispatcher.acquire(call("anywhere", exclude=others | {"w1:1"})))
+    for assignment in held:
+        dispatcher.release(assignment, ok=False)
+    assert idle(dispatcher)
+
+
+async def test_at_once_equally_loaded_workers_take_turns() -> None:
+    dispatcher, _ = make("demo", "demo", at_once=True)
+    seen = []
+    for i in range(4):
+        seen.append(await dispatcher.acquire(call(f"c{i}")))
+        dispatcher.release(seen[-1], ok=True)
+    assert len({a.worker for a in seen}) == 2
+
+
+async def test_at_once_a_call_waits_for_a_worker_to_be_available() -> None:
+    dispatcher, pool = make("demo", at_once=True, no_worker_wait_s=5)
+    (worker,) = pool.values()
+    worker.breaker = Breaker(failures=1, cooldown_s=0.05)
+    worker.breaker.record(False, time.monotonic())
+    waiting = asyncio.create_task(dispatcher.acquire(call("a")))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    dispatcher.release(await asyncio.wait_for(waiting, 5), ok=True)
     assert idle(dispatcher)

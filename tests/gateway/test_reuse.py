@@ -154,16 +154,6 @@ async def test_what_is_not_deterministic_is_computed_each_time(stack: Stack) -> 
     assert len(worker.seen) == 8
 
 
-async def test_passthrough_turns_everything_off(stack: Stack) -> None:
-    worker = await stack.fake()
-    proxy = await stack.proxy(worker, mode="passthrough")
-    for _ in range(3):
-        response = await proxy.chat(temperature=0, helium={"run": "r", "node": "n"})
-        assert response.headers["x-helium-cache"] == "bypass"
-    assert len(worker.seen) == 3
-    assert all("helium" not in s.body for s in worker.seen)
-
-
 async def test_those_who_joined_a_call_that_failed_have_failed(stack: Stack) -> None:
     opened = asyncio.Event()
 

@@ -313,6 +313,7 @@ class Fixture:
 
     clock: Callable[[], float]
     key: str | None = None
+    mode: str = "full"
     asked: list[tuple[str, int]] = field(default_factory=list)
     """(path, status) of every JSON request so far."""
 
@@ -349,7 +350,10 @@ class Fixture:
             for run in runs
             if wanted.get("state") in (None, run["state"]) and wanted.get("workflow") in (None, run["workflow"])
         ]
-        return {"runs": [{k: run[k] for k in ("run", "workflow", "state")} | counts(run) for run in kept]}
+        if self.mode == "passthrough":
+            kept = []
+        listed = [{k: run[k] for k in ("run", "workflow", "state")} | counts(run) for run in kept]
+        return {"runs": listed, "mode": self.mode}
 
     def _answer(self, request: Request, make: Callable[[Request], dict[str, Any]]) -> Response:
         if self.key and request.headers.get("authorization") != f"Bearer {self.key}":

@@ -133,6 +133,19 @@ def test_the_key_is_asked_for_sent_and_forgotten_with_the_tab(stage: Stage) -> N
     assert all("401" in line for line in stage.complaints)
 
 
+def test_in_passthrough_the_page_says_why_it_shows_no_run(stage: Stage) -> None:
+    stage.fixture.mode = "passthrough"
+    page = stage.open()
+    page.get_by_text("No run is seen in passthrough mode").wait_for()
+    assert page.locator(".empty:visible").count() == 1
+    page.get_by_label("Filter by workflow").fill("trading")
+    asked = len(stage.fixture.asked)
+    while len(stage.fixture.asked) < asked + 3:
+        page.wait_for_timeout(50)
+    assert page.locator(".empty:visible").count() == 1
+    assert not stage.complaints
+
+
 def test_a_run_that_has_ended_is_not_asked_for_again(stage: Stage) -> None:
     stage.now = duration()
     page = stage.open()

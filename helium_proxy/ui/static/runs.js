@@ -18,10 +18,11 @@ export function runsView() {
   const count = h("span");
   const pane = runPane();
   const nothing = h("div", { class: "card empty", hidden: true }, h("p", { text: "No run yet. Point an agent at this proxy:" }), h("code", { text: HINT }));
+  const unseen = h("div", { class: "card empty", hidden: true, text: "No run is seen in passthrough mode: calls go to the least loaded worker as they come." });
   const unmatched = h("div", { class: "card empty", hidden: true }, h("p", { text: "No run matches the filter." }));
   const element = h("div", { class: "split" },
     h("aside", { class: "side", "aria-label": "Runs" }, h("h2", {}, "Runs", count), h("div", { class: "filters" }, workflow, liveOnly), list),
-    h("div", { class: "detail" }, nothing, unmatched, pane.element));
+    h("div", { class: "detail" }, nothing, unseen, unmatched, pane.element));
 
   let wanted = ""; // the run named by the address; empty: follow the newest
   let wake = () => {};
@@ -31,12 +32,14 @@ export function runsView() {
   async function poll(signal) {
     const state = liveOnly.getAttribute("aria-pressed") === "true" ? "live" : "";
     const name = workflow.value.trim();
-    const { runs } = await api.runs({ workflow: name, state }, signal);
+    const { runs, mode } = await api.runs({ workflow: name, state }, signal);
     const shown = wanted || runs[0]?.run || "";
     set(count, { text: runs.length ? String(runs.length) : "" });
     keyed(list, runs, (run) => `${run.started_at} ${run.run}`, makeItem, (item, run) => updateItem(item, run, shown));
-    set(nothing, { hidden: Boolean(shown || name || state) });
-    set(unmatched, { hidden: Boolean(shown) || !(name || state) });
+    const passthrough = mode === "passthrough";
+    set(unseen, { hidden: Boolean(shown) || !passthrough });
+    set(nothing, { hidden: Boolean(shown || name || state) || passthrough });
+    set(unmatched, { hidden: Boolean(shown) || !(name || state) || passthrough });
     set(pane.element, { hidden: !shown });
     if (shown) await pane.poll(shown, runs.find((run) => run.run === shown), signal);
   }
