@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from helium_proxy.types import Hints
@@ -100,12 +100,16 @@ class Prefix:
         self.pending = pending
         self.fill = fill
 
-    def extend(self, key: int, tokens: int, block: int) -> Prefix:
-        """With `tokens` tokens of the piece `key` appended."""
-        full, rest = divmod(self.fill + tokens, block)
-        if not full:
-            return Prefix(self.hashes, (*self.pending, (key, 0)), rest)
-        # The first of these blocks depends on all before it, and what follows in the same piece on the first alone.
-        first = hash((self.hashes[-1] if self.hashes else 0, *self.pending, (key, 0)))
-        hashes = (*self.hashes, *range(first, first + full))
-        return Prefix(hashes, ((key, tokens - rest),) if rest else (), rest)
+    def extend(self, pieces: Iterable[tuple[int, int]], block: int) -> Prefix:
+        """With `pieces` appended, each a key and tokens."""
+        hashes, pending, fill = list(self.hashes), list(self.pending), self.fill
+        for key, tokens in pieces:
+            full, fill = divmod(fill + tokens, block)
+            pending.append((key, 0))
+            if full:
+                # The first of these blocks depends on all before it, and what follows in the same piece on the first
+                # alone.
+                first = hash((hashes[-1] if hashes else 0, *pending))
+                hashes.extend(range(first, first + full))
+                pending = [(key, tokens - fill)] if fill else []
+        return Prefix(tuple(hashes), tuple(pending), fill)

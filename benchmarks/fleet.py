@@ -13,7 +13,8 @@ import heapq
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 from helium_proxy.dispatch.policy import decide
@@ -41,8 +42,6 @@ class _Run:
     graph: Sequence[Node]
     waiting: list[int]
     left: int
-    prefixes: dict[tuple[int, int], Prefix] = field(default_factory=dict)
-    """(identity of a prefix, piece) -> prefix; pieces of this run's own."""
 
 
 @dataclass(slots=True)
@@ -51,7 +50,9 @@ class Call:
 
     run: _Run
     place: int
-    prefix: Prefix
+    prompt: Prefix
+    whole: Prefix
+    """Prompt and reply."""
     queued: QueuedCall | None = None
     assignment: Assignment | None = None
     worker: int = 0
@@ -111,8 +112,7 @@ class Fleet:
         self._decide_due = False
         self._turn = 0
         self._trees: list[set[int]] = [set() for _ in range(workers)]
-        self._shared: dict[tuple[int, int], Prefix] = {}
-        self._root = Prefix((), (), 0)
+        self._leads: dict[str, tuple[Prefix, tuple[Piece, ...]]] = {}
         self._seen: set[int] = set()
         self._fewest = 0
         self._finished = 0
@@ -203,26 +203,24 @@ class Fleet:
             if not node.parents:
                 self._arrive(run, place)
 
-    def _prefix(self, run: _Run, pieces: Sequence[Piece]) -> Prefix:
-        prefix = self._root
-        own = False
-        for piece in pieces:
-            own = own or piece.own
-            memo = run.prefixes if own else self._shared
-            key = (id(prefix), piece.key)
-            found = memo.get(key)
-            if found is None:
-                name = hash((run.seq, piece.key)) if piece.own else piece.key
-                found = memo[key] = prefix.extend(name, piece.tokens, self._block)
-            prefix = found
-        return prefix
+    def _prompt(self, seq: int, node: Node) -> Prefix:
+        """Of `node` in run `seq`: what all runs have in common, which is made once, and the rest."""
+        lead = self._leads.get(node.name)
+        if lead is None:
+            common = tuple(takewhile(lambda piece: not piece.own, node.prompt))
+            prefix = Prefix((), (), 0).extend(((piece.key, piece.tokens) for piece in common), self._block)
+            lead = self._leads[node.name] = prefix, node.prompt[len(common) :]
+        prefix, rest = lead
+        return prefix.extend([(_name(seq, piece), piece.tokens) for piece in rest], self._block)
 
     def _arrive(self, run: _Run, place: int) -> None:
         node = run.graph[place]
-        call = Call(run, place, self._prefix(run, node.prompt))
+        prompt = self._prompt(run.seq, node)
+        whole = prompt.extend(((_name(run.seq, node.output), node.output.tokens),), self._block)
+        call = Call(run, place, prompt, whole)
         name = f"{run.seq}/{node.name}"
         self._calls[name] = call
-        chain = call.prefix.hashes
+        chain = prompt.hashes
         if self._count_fewest:
             self._fewest += node.prompt_tokens - len(chain) * self._block
             for block in reversed(chain):
@@ -263,13 +261,11 @@ class Fleet:
 
     def calls_of(self, graph: Sequence[Node], runs: int) -> list[QueuedCall]:
         """Every call of `runs` runs as the dispatcher would see it, run by run."""
-        calls = []
-        for seq in range(1, runs + 1):
-            run = _Run(seq, self.now, graph, [], 0)
-            calls += [
-                self._queued(f"{seq}/{node.name}", seq, node, self._prefix(run, node.prompt).hashes) for node in graph
-            ]
-        return calls
+        return [
+            self._queued(f"{seq}/{node.name}", seq, node, self._prompt(seq, node).hashes)
+            for seq in range(1, runs + 1)
+            for node in graph
+        ]
 
     def _pump(self) -> None:
         """Everything of this instant has happened: decide."""
@@ -315,25 +311,14 @@ class Fleet:
 
     def _send(self, name: str, call: Call, worker: int, priority: int) -> None:
         node = call.run.graph[call.place]
-        whole = self._whole(call)
         call.worker = worker
         engine = self._engines[worker]
-        request = Request(name, node.prompt_tokens, node.output.tokens, whole.hashes, priority=priority)
+        request = Request(name, node.prompt_tokens, node.output.tokens, call.whole.hashes, priority=priority)
         engine.add(request, self.now)
         if self._steps[worker] > 0:
             self._steps[worker] = self._at(engine.cut(self.now), lambda: self._step_over(worker))
         elif not self._steps[worker]:
             self._step(worker)
-
-    def _whole(self, call: Call) -> Prefix:
-        """Prompt and reply."""
-        key = (id(call.prefix), call.run.graph[call.place].output.key)
-        found = call.run.prefixes.get(key)
-        if found is None:
-            output = call.run.graph[call.place].output
-            name = hash((call.run.seq, output.key))
-            found = call.run.prefixes[key] = call.prefix.extend(name, output.tokens, self._block)
-        return found
 
     def _step(self, worker: int) -> None:
         end = self._engines[worker].start(self.now)
@@ -355,15 +340,14 @@ class Fleet:
         call = self._calls.pop(request.id)
         run, node = call.run, call.run.graph[call.place]
         self._finished += 1
-        whole = self._whole(call).hashes
+        added = call.whole.hashes[len(call.prompt.hashes) :]
         if self._count_fewest:
-            self._seen.update(whole[len(call.prefix.hashes) :])
+            self._seen.update(added)
         if call.assignment is not None and call.queued is not None:
-            self._release(call.assignment, call.queued, request, whole[len(call.prefix.hashes) :])
+            self._release(call.assignment, call.queued, request, added)
         run.left -= 1
         if not run.left:
             self._latencies.append(self.now - run.started)
-            run.prefixes.clear()
             self._on_run_end()
             return
         for child in node.children:
@@ -408,6 +392,11 @@ class Fleet:
             decide_us=1e6 * sum(spent) / max(1, self._finished),
             decide_p99_us=1e6 * spent[int(0.99 * (len(spent) - 1))] if spent else 0.0,
         )
+
+
+def _name(seq: int, piece: Piece) -> int:
+    """The key of what `piece` is in run `seq`."""
+    return hash((seq, piece.key)) if piece.own else piece.key
 
 
 def _match(chain: Sequence[int], tree: set[int]) -> int:

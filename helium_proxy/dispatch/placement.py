@@ -32,12 +32,9 @@ class _Group(NamedTuple):
     workers: int
     resident: int
     shared: int
+    cached: int
+    """Leading blocks that need not be computed there: the more of both."""
     least_s: float
-
-    @property
-    def cached(self) -> int:
-        """Leading blocks that need not be computed there."""
-        return max(self.resident, self.shared)
 
 
 def until_done(queue: Queue, worker: WorkerState, now: float) -> float:
@@ -143,5 +140,5 @@ class Sites:
                     prefill = max(0, call.prompt_tokens - cached * call.block_size)
                     step = max(DECODE_WEIGHT, self._block_step * (len(call.chain) - cached + 1))
                     least = _WASTE * self._prefill_s * (prefill + step * call.output_tokens)
-                    found.append(_Group(workers, resident, shared, least))
+                    found.append(_Group(workers, resident, shared, cached, least))
         return found

@@ -24,6 +24,7 @@ Late binding: a lane is an intention, and what waits in it can still be taken ov
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from heapq import nsmallest
 from itertools import islice
 
@@ -88,14 +89,22 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
     assignments: list[Assignment] = []
     for worker in workers:
         lane = queue.lanes.get(worker.id)
-        if lane:
+        if lane and lane.blocked != _seen(state, lane, worker):
             assignments += _fill(state, queue, lane, worker, now)
     if state.settings.placement == "cost":
         idle = [w for w in workers if not queue.lanes.get(w.id) and not w.saturated(state.settings)]
         behind = {w: until_done(queue, w, now) for w in workers if queue.lanes.get(w.id)} if idle else {}
+        longest = max(behind.values(), default=0.0)
         for worker in idle:
-            assignments += _take_over(state, queue, behind, worker, now)
+            if worker.backlog_s(now) < longest:
+                assignments += _take_over(state, queue, behind, worker, now)
+                longest = max(behind.values(), default=0.0)
     return assignments
+
+
+def _seen(state: DispatchState, lane: Lane, worker: WorkerState) -> tuple[int, int, int, int]:
+    """Which of the calls of `lane` may run on `worker` has changed when this has."""
+    return lane.stamp, worker.version, state.returns.kept(worker.id), state.flights.gone_from(worker.id)
 
 
 # -- fill
@@ -105,8 +114,6 @@ def _fill(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState, n
     settings = state.settings
     assignments: list[Assignment] = []
     kept = state.returns.kept(worker.id)
-    if lane.blocked == (lane.stamp, worker.version, kept, state.flights.gone_from(worker.id)):
-        return assignments  # nothing has changed since its next call found no room
     while lane and not worker.saturated(settings):
         first = queue.turn(lane)[0][1]
         call = _next(state, queue, lane, worker, first)
@@ -116,7 +123,7 @@ def _fill(state: DispatchState, queue: Queue, lane: Lane, worker: WorkerState, n
         elif call is not None and call is not first:
             first.passed += 1
         if call is None:
-            lane.blocked = lane.stamp, worker.version, kept, state.flights.gone_from(worker.id)
+            lane.blocked = _seen(state, lane, worker)
             break
         assignments.append(_start(state, queue, call, worker, call.reason, now))
     return assignments
@@ -131,13 +138,13 @@ def _next(
     if urgent or state.settings.ordering == "fifo":
         return first
     eligible = _eligible(state, queue, lane, worker)
-    best = max(eligible, key=lambda call: _score(state, worker, call), default=None)
+    best = _best(state, worker, eligible)
     if best is None or len(eligible) < state.settings.window or not worker.running:
         return best
     if worker.matches(best)[1] >= _ALONE * len(best.chain):
         return best
     further = _behind(state, lane, worker, best, everyone=state.begins_all(first, worker))
-    return max((best, *further), key=lambda call: _score(state, worker, call))
+    return _best(state, worker, [best, *further])
 
 
 def _behind(
@@ -212,7 +219,17 @@ def _score(state: DispatchState, worker: WorkerState, call: QueuedCall) -> float
     """What speaks for running `call` now, as a share of its prompt."""
     resident, held = worker.matches(call)
     share = (resident + _HELD_BONUS * held) * call.block_size / max(1, call.prompt_tokens)
-    return share + _STARTED_BONUS if call.hints.run_seq in state.started else share
+    return share + _STARTED_BONUS if call.flight[0] in state.started else share
+
+
+def _best(state: DispatchState, worker: WorkerState, calls: Sequence[QueuedCall]) -> QueuedCall | None:
+    """The first of `calls` of which none other has a higher score."""
+    best, most = None, -1.0
+    for call in calls:
+        score = _score(state, worker, call)
+        if score > most:
+            best, most = call, score
+    return best
 
 
 # -- take over

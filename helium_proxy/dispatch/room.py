@@ -8,15 +8,20 @@ scheduler of LightLLM, arXiv 2507.10150, with lengths and step times as predicte
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from itertools import accumulate, count
+from operator import add, mul, sub
 
 
 class KvForecast:
     """Blocks that running calls hold beyond their prompts' full blocks: outputs and prompts' tails."""
 
     def __init__(self) -> None:
-        # -- state
-        self._ends: list[tuple[float, str, float]] = []  # (expected end, call, blocks it holds then), sorted
+        # -- state: of each call, by its end
+        self._ends: list[float] = []  # expected, sorted
+        self._calls: list[str] = []
+        self._blocks: list[float] = []  # that it holds then
         self._end_of: dict[str, float] = {}
         self.reserved = 0.0  # sum of the blocks at their ends
 
@@ -24,7 +29,10 @@ class KvForecast:
         return f"<KvForecast {len(self._ends)} calls, {self.reserved:.0f} blocks at their ends>"
 
     def add(self, call: str, end: float, blocks: float) -> None:
-        insort(self._ends, (end, call, blocks))
+        at = bisect_right(self._ends, end)
+        self._ends.insert(at, end)
+        self._calls.insert(at, call)
+        self._blocks.insert(at, blocks)
         self._end_of[call] = end
         self.reserved += blocks
 
@@ -32,22 +40,21 @@ class KvForecast:
         end = self._end_of.pop(call, None)
         if end is None:
             return
-        at = bisect_left(self._ends, (end, call))
-        self.reserved -= self._ends.pop(at)[2]
+        at = self._calls.index(call, bisect_left(self._ends, end))
+        del self._ends[at], self._calls[at]
+        self.reserved -= self._blocks.pop(at)
 
     def peak(self, now: float, growth: float, blocks: float, end: float) -> float:
         """The most blocks held at once if a call began now that ends at `end` with `blocks`. `growth`: blocks a
         second that one call gains. O(running calls). A call that is overdue holds all its blocks."""
         # At time t the calls that end at t or later hold sum(blocks - growth * (their end - t)); from the latest end
-        # on backwards, `fixed` sums the part without t.
-        peak = fixed = 0.0
-        new = (end, "", blocks)
-        at = bisect_left(self._ends, new)
-        latest_first = (*reversed(self._ends[at:]), new, *reversed(self._ends[:at]))
-        for count, (ending, _, held) in enumerate(latest_first, 1):
-            gained = growth * (ending if ending > now else now)
-            fixed += held - gained
-            then = fixed + gained * count
-            if then > peak:  # noqa: PLR1730 - this is the dispatcher's innermost loop
-                peak = then
-        return peak
+        # on backwards, `fixed` sums the part without t. (The dispatcher's innermost loop: iterators of C.)
+        at, overdue = bisect_left(self._ends, end), bisect_right(self._ends, now)
+        ends = [now] * overdue + self._ends[overdue:]
+        ends.insert(at, max(end, now))
+        held = self._blocks.copy()
+        held.insert(at, blocks)
+        gained = [growth * ending for ending in reversed(ends)]
+        fixed: Iterator[float] = accumulate(map(sub, reversed(held), gained))
+        then: Iterator[float] = map(add, fixed, map(mul, gained, count(1)))
+        return max(0.0, max(then))
