@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from itertools import accumulate, count
+from itertools import accumulate, chain, count
 from operator import add, mul, sub
 
 
@@ -57,4 +57,4 @@ class KvForecast:
         gained = [growth * ending for ending in reversed(ends)]
         fixed: Iterator[float] = accumulate(map(sub, reversed(held), gained))
         then: Iterator[float] = map(add, fixed, map(mul, gained, count(1)))
-        return max(0.0, max(then))
+        return max(chain((0.0,), then))
