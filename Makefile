@@ -19,7 +19,7 @@ LOCK := .ci/requirements.txt
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r name what; do \
 		printf '  %-18s %s\n' "$$name" "$$what"; done
-	@echo "Arguments are passed on: make demo ARGS=--once, make test ARGS='-k radix -x'"
+	@echo "Arguments are passed on: make demo ARGS=--once, make test ARGS='tests/dispatch -x'"
 
 setup: $(ENV) ## make the virtual environment
 

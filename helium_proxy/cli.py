@@ -74,7 +74,8 @@ def serve(config_file: Path | None, workers: tuple[str, ...], host: str | None, 
 
     def started(running: Server) -> None:
         address = running.bound or (settings.server.host, settings.server.port)
-        click.echo(f"helium-proxy {__version__}: http://{address[0]}:{address[1]}/v1, page at /helium/", err=True)
+        url = f"http://{address[0]}:{address[1]}"
+        click.echo(f"helium-proxy {__version__}: {url}/v1, page at {url}/helium/", err=True)
 
     from helium_proxy.local import embedded_workers
 

@@ -7,7 +7,9 @@ one that does.
 from __future__ import annotations
 
 import difflib
+import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +27,8 @@ from helium_proxy.workflow.settings import WorkflowSettings
 
 PREFIX = "HELIUM_"
 DELIMITER = "__"
+_OTHERS = re.compile(r"HELIUM_(CONFIG|URL|API_KEY|SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_\w+)")
+"""Variables that are no settings: the command line's own, and what Kubernetes sets for a Service named `helium`."""
 
 
 class _Section(BaseModel):
@@ -34,7 +38,9 @@ class _Section(BaseModel):
 class ApiKey(_Section):
     """One client key. Calls of different tenants share nothing: no cache entry, no run, no inferred edge."""
 
-    key: SecretStr = Field(description="What the client sends as `Authorization: Bearer` or `x-api-key`.")
+    key: SecretStr = Field(
+        min_length=1, description="What the client sends as `Authorization: Bearer` or `x-api-key`."
+    )
     tenant: str = Field("default", min_length=1, max_length=64, description="Whose key it is.")
     admin: bool = Field(False, description="May use the operator's routes (`/helium/…`). A lone key always may.")
 
@@ -114,7 +120,10 @@ class EngineSettings(_Section):
 
     count: int = Field(2, ge=0, le=64, description="How many; 0: none, workers are added at run time.")
     model: str = Field("demo", description="The model's name.")
-    profile: str = Field("cpu-tiny", description="Speed: `cpu-tiny`, `h100-8b`, `h200-8b` or `instant`.")
+    profile: Literal["cpu-tiny", "h100-8b", "h200-8b", "instant"] = Field(
+        "cpu-tiny",
+        description="Speed: a CPU's, a GPU's with a model of 8B parameters, or none to wait for.",
+    )
 
 
 class Settings(BaseSettings):
@@ -232,6 +241,9 @@ def _passthrough(settings: Settings) -> Settings:
             "directives": settings.directives.model_copy(
                 update={"pins": False, "prewarm": False, "lookahead": False}
             ),
+            "plans": settings.plans.model_copy(
+                update=dict.fromkeys(("prune", "cse", "cache_fetch", "placement", "ordering"), False)
+            ),
         }
     )
 
@@ -258,16 +270,34 @@ class _Environment(EnvSettingsSource):
 def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
     keys = {PREFIX + k.upper().replace(".", DELIMITER): k for k in known_keys()}
     sections = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in environ:
-        if name.startswith(PREFIX) and name not in keys and name not in sections:
-            near = difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
-            if near or DELIMITER in name:  # what has neither may be another program's
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ConfigError(f"environment variable {name} is no setting{hint}")
+    for name, value in environ.items():
+        if not name.startswith(PREFIX) or name in keys or name in sections or _OTHERS.fullmatch(name):
+            continue
+        if name == "HELIUM_PORT" and "://" in value:
+            continue  # Kubernetes', as in `_OTHERS`
+        near = [key for key in keys if key.endswith(DELIMITER + name.removeprefix(PREFIX))]
+        near = near or difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
+        if near or DELIMITER in name:  # what has neither may be another program's
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"environment variable {name} is no setting{hint}")
     try:
         return dict(_Environment(environ)())
     except Exception as error:
+        for name, value in environ.items():
+            if name in sections or name in keys:
+                _check_json(name, value)
         raise ConfigError(f"environment: {error}") from error
+
+
+def _check_json(name: str, value: str) -> None:
+    """Raises ConfigError if `value` looks like JSON that is none; the value itself may be secret."""
+    if name not in (PREFIX + "WORKERS", f"{PREFIX}AUTH{DELIMITER}KEYS") and value[:1] not in ("[", "{"):
+        return
+    try:
+        json.loads(value)
+    except ValueError:
+        example = '[{"key": "sk-…"}]' if name.endswith("KEYS") else '[{"url": "http://gpu-1:8000"}]'
+        raise ConfigError(f"environment variable {name}: not JSON, as in {example}") from None
 
 
 def _check_keys(content: Mapping[str, Any], where: str, model: type[BaseModel] = Settings, path: str = "") -> None:
@@ -281,11 +311,10 @@ def _check_keys(content: Mapping[str, Any], where: str, model: type[BaseModel] =
 
 
 def _nearest(key: str, model: type[BaseModel], path: str) -> str:
-    near = difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {path}{near[0]}?"
     everywhere = [k for k in known_keys() if k.rsplit(".", 1)[-1] == key]
-    return f"; did you mean {everywhere[0]}?" if everywhere else ""
+    near = difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.5)
+    found = everywhere or [path + name for name in near]
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _explain(error: ValidationError) -> str:

@@ -185,7 +185,9 @@ NODE_SECONDS = _counter(
 NODE_CALLS = _counter("helium_node_calls_total", "Calls in helium_node_seconds_total.", ["workflow", "node"])
 TAGS = _counter("helium_tags_total", "Tag values accepted, by source.", ["source"])
 TAG_CONFLICTS = _counter("helium_tag_conflicts_total", "Sources that disagreed, by field.", ["field"])
-TAGS_IGNORED = _counter("helium_tags_ignored_total", "Bad tag values ignored, by field.", ["field"])
+TAGS_IGNORED = _counter(
+    "helium_tags_ignored_total", "Bad tag values ignored, by field; `unknown`: of no field.", ["field"]
+)
 EDGES = _counter("helium_edges_total", "Edges added to runs, by source: tag, native, inferred.", ["source"])
 
 # -- reuse
@@ -217,7 +219,7 @@ for _family, _values in (
     (EDGES, ("tag", "native", "inferred")),
     (TAGS, ("body", "header", "baggage", "native")),
     (TAG_CONFLICTS, ("workflow", "run", "node", "parents", "final", "deadline_ms", "priority")),
-    (TAGS_IGNORED, ("workflow", "run", "node", "parents", "final", "deadline_ms", "priority")),
+    (TAGS_IGNORED, ("workflow", "run", "node", "parents", "final", "deadline_ms", "priority", "unknown")),
     (
         ERRORS,
         (
@@ -264,10 +266,36 @@ def bounded(label: str, value: str) -> str:
     return safe
 
 
+def shared_files() -> str | None:
+    """The folder of the files through which several processes count as one; None: this one counts for itself. Files
+    cannot drop any series."""
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+
+
+def sweep(*, ending: bool = False) -> None:
+    """Gauges of processes that have ended are no longer counted; with `ending`, nor are this one's."""
+    folder = shared_files()
+    if folder is None:
+        return
+    here = {int(found[1]) for name in os.listdir(folder) if (found := re.search(r"_live\w*_(\d+)\.db$", name))}
+    for pid in here:
+        if ending if pid == os.getpid() else not _alive(pid):
+            multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def forget_worker(worker: str) -> None:
-    """Drops every series of a worker that was removed: they come and go under ever new names.
-    (Files shared between processes cannot drop any.)"""
-    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+    """Drops every series of a worker that was removed: they come and go under ever new names."""
+    if shared_files() is not None:
         return
     for family in list(globals().values()):
         if isinstance(family, Counter | Gauge | Histogram) and "worker" in family._labelnames:
@@ -276,7 +304,7 @@ def forget_worker(worker: str) -> None:
 
 def render() -> tuple[bytes, str]:
     """The exposition text and its content type."""
-    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+    if shared_files() is not None:
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from helium_proxy.planner.build import InputRef, NodeRef, Plan, chat, completion, input_
+from helium_proxy.planner.build import InputRef, NodeRef, Plan, PlanFailed, chat, completion, input_
 
-__all__ = ["InputRef", "NodeRef", "Plan", "chat", "completion", "input_"]
+__all__ = ["InputRef", "NodeRef", "Plan", "PlanFailed", "chat", "completion", "input_"]

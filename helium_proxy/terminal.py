@@ -10,11 +10,14 @@ from urllib.parse import quote
 
 import click
 import httpx
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from helium_proxy.errors import InvalidRequest
+from helium_proxy.planner.plan import read_plan
+from helium_proxy.planner.words import counted
 
 _TIMEOUT_S = 10.0
 _ANALYZE_TIMEOUT_S = 3600.0
@@ -60,7 +63,8 @@ def show_runs(url: str, api_key: str | None, *, limit: int, workflow: str | None
     answer = _get(url, api_key, "/helium/runs", limit=limit, workflow=workflow)
     found: list[Json] = answer["runs"]
     if not found:
-        _console().print("No run is seen in passthrough mode." if answer["mode"] == "passthrough" else "No runs yet.")
+        none = "No run matches." if workflow else "No runs yet."
+        _console().print("No run is seen in passthrough mode." if answer["mode"] == "passthrough" else none)
         return
     table = _table("run", "workflow", "state", ">calls", "answered", ">prompt", ">cached", ">output", ">took", ">age")
     now = time.time()
@@ -88,9 +92,10 @@ def show_run(url: str, api_key: str | None, name: str) -> None:
     console.print(
         Text.assemble(
             (run["workflow"] or "(no workflow)", "bold"),
-            f"  {run['run']}  {run['state']}  {len(calls)} calls, ",
+            f"  {run['run']}  {run['state']}  {counted(len(calls), 'call')}, ",
             f"{_percent(_sum(calls, 'cached_tokens'), _sum(calls, 'prompt_tokens'))} of "
-            f"{_sum(calls, 'prompt_tokens'):,} prompt tokens cached, {_sum(calls, 'output_tokens'):,} output tokens",
+            f"{counted(_sum(calls, 'prompt_tokens'), 'prompt token')} cached, "
+            f"{counted(_sum(calls, 'output_tokens'), 'output token')}",
         )
     )
     if not calls:
@@ -127,14 +132,18 @@ def show_run(url: str, api_key: str | None, name: str) -> None:
 
 
 def explain(url: str, api_key: str | None, file: Path, *, analyze: bool) -> None:
-    """Prints the plan of a workflow file; with `analyze` runs it, and prints the plan beside what happened."""
+    """Prints the plan of a workflow file; with `analyze` runs it, and prints the plan beside what happened: then with
+    exit status 1 when operators failed."""
     try:
-        plan = yaml.safe_load(file.read_text("utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise click.ClickException(f"{file}: {error}") from None
+        plan = read_plan(file)
+    except (OSError, InvalidRequest) as error:
+        raise click.ClickException(str(error)) from None
     params = {"analyze": str(analyze).lower(), "format": "text"}
     timeout = _ANALYZE_TIMEOUT_S if analyze else 60.0
-    click.echo(_request("POST", url, api_key, "/v1/workflows/explain", timeout, params, plan).text, nl=False)
+    answer = _request("POST", url, api_key, "/v1/workflows/explain", timeout, params, plan)
+    click.echo(answer.text, nl=False)
+    if answer.headers.get("x-helium-failed-operators", "0") != "0":
+        raise click.exceptions.Exit(1)
 
 
 # -- a run's shape

@@ -116,7 +116,9 @@ async def test_workers_and_runs_of_a_running_proxy(stack: Stack):
     assert len(runs) == 2
     assert runs[1].split()[:4] == ["review-1", "review", "live", "4"]
     assert "3 computed, 1 hit" in runs[1]
-    assert (await at(proxy, "runs", "--workflow", "other")).output == "No runs yet.\n"
+    assert (await at(proxy, "runs", "--workflow", "other")).output == "No run matches.\n"
+    empty = await stack.proxy(engine)
+    assert (await at(empty, "runs")).output == "No runs yet.\n"
     plain = await stack.proxy(engine, mode="passthrough")
     await review(plain)
     assert (await at(plain, "runs")).output == "No run is seen in passthrough mode.\n"
@@ -181,6 +183,71 @@ async def test_explain_a_plan(stack: Stack, tmp_path, suffix: str):
     wrong = await at(proxy, "explain", str(file))
     assert wrong.exit_code == 1
     assert "nodes" in wrong.output
+
+
+async def test_explain_says_what_cannot_run_and_ends_so(stack: Stack, tmp_path):
+    proxy = await stack.proxy(await stack.engine())
+    file = tmp_path / "plan.yaml"
+    file.write_text("model: gpt-5\nnodes: [{id: a, prompt: x}, {id: b, prompt: '{{nodes.a}}'}]\n")
+    planned = await at(proxy, "explain", str(file))
+    assert planned.exit_code == 0
+    assert "Warning: no worker that is up serves model 'gpt-5', which 2 operators will ask for\n" in planned.output
+    analyzed = await at(proxy, "explain", str(file), "--analyze")
+    assert analyzed.exit_code == 1
+    assert "\nFailed\n  a[0]: The model `gpt-5` does not exist.\n" in analyzed.output
+    assert "None" not in analyzed.output
+
+
+async def test_explain_takes_an_unquoted_date_as_text(stack: Stack, tmp_path):
+    proxy = await stack.proxy(await stack.engine())
+    file = tmp_path / "plan.yaml"
+    file.write_text("model: demo\nnodes: [{id: a, prompt: 'On {{inputs.d}}.'}]\ninputs: [{d: 2024-01-01}]\n")
+    planned = await at(proxy, "explain", str(file))
+    assert planned.exit_code == 0
+    assert planned.output.startswith("Workflow workflow: 1 operator over 1 input, 1 to compute")
+    assert "On 2024-01-01." in planned.output
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "Error: plan.yaml: there is no plan in it\n"),
+        ("# nothing yet\n", "Error: plan.yaml: there is no plan in it\n"),
+        ("nodes: !!set {a}\n", "Error: plan.yaml: Object of type set is not JSON serializable\n"),
+        ("nodes: .nan\n", "Error: plan.yaml: Out of range float values are not JSON compliant"),
+    ],
+)
+def test_explain_of_a_file_that_is_no_plan(tmp_path, text: str, error: str):
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    result = invoke("explain", str(file), "--url", "http://127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.output.startswith(error)
+
+
+async def test_one_call_is_no_calls(stack: Stack):
+    proxy = await stack.proxy(await stack.engine())
+    body = {"model": "demo", "prompt": "Hello.", "max_tokens": 1, "helium": {"run": "short"}}
+    (await proxy.client.post("/v1/completions", json=body)).raise_for_status()
+    out = (await at(proxy, "runs", "short")).output
+    assert "  1 call, " in out
+    assert " 1 output token\n" in out
+
+
+# -- the embedded engine
+
+
+def test_the_engine_has_the_short_help_too():
+    result = invoke("engine", "-h")
+    assert result.exit_code == 0
+    assert "Serve an embedded engine with vLLM's HTTP interface." in result.output
+
+
+@pytest.mark.parametrize("option", ["--kv-events", "--kv-events-replay"])
+def test_an_endpoint_that_cannot_be_bound_is_named(option: str):
+    result = invoke("engine", "--kv-events", "tcp://127.0.0.1:0", option, "foo")
+    assert result.exit_code == 2
+    assert f"Error: {option[2:].replace('-', '_')}: 'foo' cannot be bound: Invalid argument" in result.output
 
 
 # -- a run's shape, without a proxy

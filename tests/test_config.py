@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helium_proxy.config import ApiKey, Settings, known_keys, load
+from helium_proxy.engine import PROFILES
 from helium_proxy.errors import ConfigError
 from helium_proxy.workers.settings import WorkerSpec
 
@@ -77,6 +78,7 @@ def test_workers_of_a_later_source_replace_those_of_an_earlier(tmp_path: Path) -
         ("mode: fulll", "mode: Input should be 'full' or 'passthrough'"),
         ("workers: [{url: 'gpu:8000'}]", "must start with http"),
         ("server: 7", "server: Input should be"),
+        ("port: 1", "did you mean server.port?"),
         ("- a", "must be a mapping"),
         ("a: [", "not YAML"),
         ("completely_unknown_thing: 1", "completely_unknown_thing is no setting"),
@@ -95,7 +97,12 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, said: str) 
         ("HELIUM_SEVER__PORT", "1", "did you mean HELIUM_SERVER__PORT?"),
         ("HELIUM_NO__SUCH__THING", "1", "HELIUM_NO__SUCH__THING is no setting"),
         ("HELIUM_SERVER__PORT", "many", "server.port"),
-        ("HELIUM_WORKERS", "http://a", "workers"),
+        ("HELIUM_WORKERS", "http://a", "HELIUM_WORKERS: not JSON"),
+        ("HELIUM_AUTH__KEYS", "sk-1", "HELIUM_AUTH__KEYS: not JSON"),
+        ("HELIUM_PORT", "9000", "did you mean HELIUM_SERVER__PORT?"),
+        ("HELIUM_HOST", "0.0.0.0", "did you mean HELIUM_SERVER__HOST?"),
+        ("HELIUM_AUTH__KEYS", '[{"key": ""}]', "auth.keys.0.key: Value should have at least 1 item"),
+        ("HELIUM_ENGINE__PROFILE", "h100", "engine.profile: Input should be 'cpu-tiny'"),
     ],
 )
 def test_what_is_wrong_in_the_environment_is_named(name: str, value: str, said: str) -> None:
@@ -106,6 +113,8 @@ def test_what_is_wrong_in_the_environment_is_named(name: str, value: str, said: 
 
 def test_other_programs_variables_are_left_alone() -> None:
     environ = {"HELIUM_URL": "x", "HELIUM_API_KEY": "x", "HELIUM_CONFIG": "x", "PATH": "x", "HELIUMX": "x"}
+    environ |= {"HELIUM_SERVICE_HOST": "10.0.0.1", "HELIUM_SERVICE_PORT": "80", "HELIUM_SERVICE_PORT_HTTP": "80"}
+    environ |= {"HELIUM_PORT": "tcp://10.0.0.1:80", "HELIUM_PORT_80_TCP_ADDR": "10.0.0.1"}  # Kubernetes'
     assert load(environ=environ) == Settings()
 
 
@@ -137,6 +146,18 @@ def test_passthrough_turns_everything_off_but_routing() -> None:
     workflow, reuse, directives = settings.workflow, settings.reuse, settings.directives
     switches = [workflow.inference, workflow.templates, workflow.lookahead, reuse.enabled, reuse.coalesce]
     assert not any([*switches, directives.pins, directives.prewarm, directives.lookahead])
+    plans = settings.plans
+    assert not any([plans.prune, plans.cse, plans.cache_fetch, plans.placement, plans.ordering])
+
+
+def test_a_worker_may_be_given_by_its_url_alone(tmp_path: Path) -> None:
+    settings = load(write(tmp_path, "workers: [http://a:1, {url: http://b:2}]"), environ={})
+    assert [worker.url for worker in settings.workers] == ["http://a:1", "http://b:2"]
+
+
+def test_every_profile_of_the_engine_is_a_setting() -> None:
+    for profile in PROFILES:
+        assert load(environ={"HELIUM_ENGINE__PROFILE": profile}).engine.profile == profile
 
 
 def test_the_shipped_files_are_settings() -> None:

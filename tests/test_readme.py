@@ -15,7 +15,6 @@ from pathlib import Path
 
 import click
 import pytest
-import yaml
 from frameworks.build_env import failure_of, python_of
 from rich.console import Console
 from serving import Stack
@@ -96,8 +95,6 @@ def test_our_commands_have_these_options(words: list[str], monkeypatch: pytest.M
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 async def test_the_curl_commands(stack: Stack, tmp_path: Path):
     proxy = await stack.proxy(await stack.engine())
-    plan = yaml.safe_load((ROOT / "configs/workflows/map-reduce.yaml").read_text())
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
     tried = [[word.replace(URL, proxy.url) for word in words] for words in commands("curl")]
     assert len(tried) == 3
     for words in tried:

@@ -11,7 +11,7 @@ from .profile import PROFILES
 from .server import run_engine
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.option("--host", default="127.0.0.1")
 @click.option("--port", default=8100, help="0: the system chooses.")
 @click.option("--model", default="demo", help="The model's name.")
@@ -32,9 +32,9 @@ def main(host: str, port: int, scheduling_policy: str, **settings: object) -> No
     """Serve an embedded engine with vLLM's HTTP interface."""
     try:
         config = EngineConfig(policy=scheduling_policy, **settings)  # type: ignore[arg-type]
+        run_engine(config, host, port)
     except ConfigError as error:
         raise click.UsageError(error.message) from None
-    run_engine(config, host, port)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 import zmq
 
+from helium_proxy.errors import ConfigError
+
 from .blocks import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
 from .config import EngineConfig
 
@@ -22,7 +24,8 @@ _KEPT = 10_000
 class Publisher:
     """Publishes batches from a thread of its own, so that a slow subscriber never delays a step.
 
-    `endpoint` and `replay` are what was bound, the port filled in where it was 0.
+    `endpoint` and `replay` are what was bound, the port filled in where it was 0. Raises `ConfigError` for what
+    cannot be bound.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -30,11 +33,16 @@ class Publisher:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._pub = context.socket(zmq.PUB)
         self._pub.setsockopt(zmq.SNDHWM, 100_000)
-        self.endpoint = _bind(self._pub, config.kv_events)
         self._router = context.socket(zmq.ROUTER)
         self.replay = None
-        if config.kv_events_replay is not None:
-            self.replay = _bind(self._router, config.kv_events_replay)
+        try:
+            self.endpoint = _bind(self._pub, "kv_events", config.kv_events)
+            if config.kv_events_replay is not None:
+                self.replay = _bind(self._router, "kv_events_replay", config.kv_events_replay)
+        except ConfigError:
+            self._pub.close(linger=0)
+            self._router.close(linger=0)
+            raise
         self.topic = config.kv_events_topic
         self._block_size = config.block
         # -- all mutable state ------------------------------------------------------------------------------
@@ -117,8 +125,12 @@ class Publisher:
         self._router.send_multipart((client, b"", b"", _END, b""))
 
 
-def _bind(socket: zmq.Socket[bytes], endpoint: str) -> str:
+def _bind(socket: zmq.Socket[bytes], setting: str, endpoint: str) -> str:
     """Bind, and return the endpoint with the port the system chose, if it did."""
-    socket.bind(endpoint)
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        reason = f"{zmq.strerror(error.errno or 0)} (one is like tcp://127.0.0.1:5557)"
+        raise ConfigError(f"{setting}: {endpoint!r} cannot be bound: {reason}") from None
     bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     return bound if endpoint.endswith(":0") else endpoint

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import ValidationError
 
-from helium_proxy.errors import Forbidden, InvalidRequest, NotFound
+from helium_proxy.errors import Forbidden, InvalidRequest, NotFound, UpstreamFailed
 from helium_proxy.gateway.auth import Principal
 from helium_proxy.gateway.services import Services
 from helium_proxy.workers.settings import WorkerSpec
@@ -62,7 +62,7 @@ def admin_routes(services: Services) -> APIRouter:
     @router.delete("/runs/{run:path}")
     async def end_run(run: str, who: Annotated[Principal, Depends(caller)]) -> dict[str, Any]:
         """Ends a live run: its template learns that nothing more comes."""
-        if not services.workflows.end_run(who.tenant, run):
+        if not services.workflows.end_run(run, _scope(who)):
             raise NotFound(f"no live run {run!r}", param="run")
         return {"run": run, "state": "done"}
 
@@ -100,7 +100,10 @@ def admin_routes(services: Services) -> APIRouter:
         operator."""
         if services.cache is None:
             return {"purged": 0}
-        return {"purged": await services.cache.purge(tenant=_scope(who), model=model, workflow=workflow)}
+        try:
+            return {"purged": await services.cache.purge(tenant=_scope(who), model=model, workflow=workflow)}
+        except Exception as error:
+            raise UpstreamFailed(f"the prompt cache could not be purged: {error!r}") from error
 
     @router.get("/statistics", dependencies=[Depends(operator)])
     async def statistics() -> dict[str, Any]:

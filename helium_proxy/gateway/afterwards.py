@@ -89,6 +89,18 @@ def report(
         log.exception("workflow bookkeeping failed")
         metrics.FAIL_OPEN.labels("workflow").inc()
     count(services, ticket, fate, reply, now)
+    if services.settings.log.access:
+        log.info(
+            "call",
+            fate=fate,
+            status=status,
+            model=ticket.request.model,
+            worker=ticket.worker,
+            seconds=round(now - ticket.arrived_at, 3),
+            prompt_tokens=reply.prompt_tokens,
+            cached_tokens=reply.cached_tokens,
+            output_tokens=reply.output_tokens,
+        )
 
 
 def source_of(services: Services, ticket: Ticket) -> Source:

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from helium_proxy import __version__, metrics
 from helium_proxy.config import Settings
@@ -56,6 +56,10 @@ class Endpoint:
         await self._serve(scope, receive, send)
 
 
+_PROBED = frozenset({"/health", "/ready", "/metrics"})
+"""Asked all the time, and not by clients."""
+
+
 class App(FastAPI):
     """FastAPI, whose layers the calls go around: each of them costs a call more than finding its route does, and what
     they offer (documented parameters, error pages) calls have of their own."""
@@ -66,14 +70,39 @@ class App(FastAPI):
         self.planned: dict[str, ASGIApp] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        planned = None
-        if scope["type"] == "http" and scope["method"] == "POST":
-            planned = self.planned.get(scope["path"])
-        await (planned or super().__call__)(scope, receive, send)
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+            return
+        planned = self.planned.get(scope["path"]) if scope["method"] == "POST" else None
+        if planned is not None:
+            await planned(scope, receive, send)
+            return
+        status = 499  # unless there is an answer
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await super().__call__(scope, receive, noting)
+        finally:
+            if scope["path"] not in _PROBED:
+                metrics.HTTP_REQUESTS.labels("other", status).inc()
 
 
 def build_services(settings: Settings) -> Services:
-    """Everything the gateway works with. Needs a running event loop; starts no task and opens no connection."""
+    """Everything the gateway works with. Needs a running event loop; starts no task and opens no connection. Raises
+    ConfigError where a setting cannot be followed."""
+    keyring = Keyring(settings.auth)  # first, like what follows: each may be refused
+    reuse = settings.reuse
+    cache = build_cache(reuse)
+    tracer = make_tracer(
+        enabled=settings.tracing.enabled,
+        service_name=settings.tracing.service_name,
+        endpoint=settings.tracing.endpoint,
+    )
     client = UpstreamClient(settings.pool)
     background = Background()
     tokenizers = Tokenizers(client)
@@ -105,7 +134,6 @@ def build_services(settings: Settings) -> Services:
     store = SqliteTemplateStore(settings.store.path) if settings.store.path else None
     workflows = Workflows(settings.workflow, store)
     ahead = Ahead(settings.directives, pool, client, dispatcher.state, tokenizers, workflows, clock=time.monotonic)
-    reuse = settings.reuse
     return Services(
         settings=settings,
         clock=time.monotonic,
@@ -116,29 +144,40 @@ def build_services(settings: Settings) -> Services:
         tokenizers=tokenizers,
         estimator=Estimator(tokenizers, default_output_tokens=settings.dispatch.default_output_tokens),
         workflows=workflows,
-        cache=build_cache(reuse),
+        cache=cache,
         coalescer=Coalescer(reuse.coalesce_window_bytes) if reuse.coalesce else None,
-        keyring=Keyring(settings.auth),
+        keyring=keyring,
         background=background,
         events=events,
         ahead=ahead,
-        tracer=make_tracer(
-            enabled=settings.tracing.enabled,
-            service_name=settings.tracing.service_name,
-            endpoint=settings.tracing.endpoint,
-        ),
+        tracer=tracer,
     )
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The ASGI application; `app.state.services` is there once it has started."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        services = app.state.services = build_services(settings)
+async def prepare(app: FastAPI, settings: Settings) -> Services:
+    """The services, put together before the application starts, so that what is wrong with the settings is said
+    plainly. Raises InvalidRequest (ConfigError, mostly) and OSError."""
+    assert isinstance(app, App)
+    metrics.sweep()
+    services = build_services(settings)
+    try:
         _mount(app, services)
         for spec in settings.workers:
             services.pool.add(spec)
+    except BaseException:
+        await _close(services)
+        raise
+    app.state.services = services
+    return services
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The ASGI application; `app.state.services` is there once it has started, or was prepared."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        prepared: Services | None = getattr(app.state, "services", None)
+        services = prepared or await prepare(app, settings)
         if services.keyring.open:
             log.warning("no API key is configured: everybody who can reach this address may call")
         services.background.start(_tick(services))
@@ -160,6 +199,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HeliumError, _helium_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _any_error)
     return app
 
 
@@ -233,6 +273,7 @@ async def _close(services: Services) -> None:
     services.workflows.close()
     services.tracer.close()
     await services.client.close()
+    metrics.sweep(ending=True)
 
 
 # -- errors of the FastAPI routes, in OpenAI's form (the call path has its own)
@@ -242,6 +283,11 @@ async def _helium_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HeliumError)
     metrics.ERRORS.labels(error.code or error.type).inc()
     return JSONResponse(error.body(), error.status, headers=error.headers())
+
+
+async def _any_error(request: Request, error: Exception) -> Response:
+    """A bug; what it was goes to the log alone."""
+    return await _helium_error(request, HeliumError("internal error"))
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

@@ -50,12 +50,13 @@ class Keyring:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")
-        digest = _digest(given.strip())
+        given = given.strip()
+        digest = _digest(given)
         found: Principal | None = None
         for known, principal in self._keys:
             if hmac.compare_digest(known, digest):
                 found = principal
-        if found is None:
+        if found is None or not given:
             raise Unauthorized("Incorrect or missing API key.")
         return found
 

@@ -39,6 +39,8 @@ async def body_of(request: Request, limit: int) -> bytes:
 
 def parse_json(data: bytes) -> Any:
     """Raises `InvalidRequest`."""
+    if not data:
+        raise InvalidRequest("the body is empty")
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError as error:

@@ -95,7 +95,8 @@ class Computer:
                 answer = await exchange.open()
             except SendFailed as error:
                 failure = UpstreamFailed(f"worker {worker.id} gave no answer ({error.kind})")
-                reason, free = str(error.kind), error.kind != "timeout"
+                reason = str(error.kind)
+                free = error.kind != "timeout" and self._elsewhere(call, worker)
             else:
                 if answer.status not in _RETRIED or not self._may_retry(ticket, call, worker):
                     return answer
@@ -106,7 +107,7 @@ class Computer:
             if ticket.attempts >= settings.max_attempts or (reason == "timeout" and not self._budget.spend()):
                 raise failure or UpstreamFailed("no worker answered")
             metrics.RETRIES.labels(reason).inc()
-            log.info("retry", call=call.id, worker=worker.id, reason=reason)
+            log.info("retry", worker=worker.id, reason=reason)
             call = _again(call, worker.id)
             if not free:
                 pause = settings.retry_backoff_s * 2 ** (ticket.attempts - 1)
@@ -136,8 +137,12 @@ class Computer:
     def _may_retry(self, ticket: Ticket, call: QueuedCall, worker: Worker) -> bool:
         """Whether an error answer may be asked for elsewhere: someone else serves the model, and no state of the
         client's lives on this worker alone."""
-        others = [w for w in self._services.dispatcher.state.serving(call.model) if w.open and w.id != worker.id]
-        return bool(others) and ticket.prefer is None
+        return ticket.prefer is None and self._elsewhere(call, worker)
+
+    def _elsewhere(self, call: QueuedCall, failed: Worker) -> bool:
+        """Whether a worker that has not failed `call` is there for it."""
+        without = call.exclude | {failed.id}
+        return any(w.open and w.id not in without for w in self._services.dispatcher.state.serving(call.model))
 
     async def keep(self, ticket: Ticket, answer: dict[str, Any], reply: Reply) -> None:
         """Remembers a complete answer for those who ask the same. Never raises."""

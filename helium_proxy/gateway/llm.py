@@ -107,8 +107,8 @@ class LlmRoutes:
             await _fail(sending, scope, headers, HeliumError("internal error"))
         finally:
             services.in_flight -= 1
-            route = scope["path"] if scope["path"] in PLANNED else "other"
-            metrics.HTTP_REQUESTS.labels(route, sending.status).inc()
+            if work == self._planned:  # the others are counted where all are (`App`)
+                metrics.HTTP_REQUESTS.labels(scope["path"], sending.status).inc()
 
     # -- model calls
 
@@ -188,6 +188,9 @@ class LlmRoutes:
             except Exception:
                 log.exception("workflow room failed; the call passes through")
                 metrics.FAIL_OPEN.labels("workflow").inc()
+        structlog.contextvars.bind_contextvars(
+            call=request_id, run=ticket.arrival.run if ticket.arrival is not None else None
+        )
         if hints is not None:
             ticket.hints = hints
         ticket.suggestion = suggestion

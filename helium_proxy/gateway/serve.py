@@ -14,8 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from helium_proxy.config import Settings
-from helium_proxy.errors import ConfigError
-from helium_proxy.gateway.app import create_app
+from helium_proxy.errors import ConfigError, InvalidRequest
+from helium_proxy.gateway.app import create_app, prepare
 from helium_proxy.gateway.auth import Keyring
 from helium_proxy.gateway.protocol import bounded_protocol
 from helium_proxy.gateway.services import Services
@@ -81,9 +81,15 @@ async def serve(
     started: Callable[[Server], None] | None = None,
 ) -> None:
     """Serves until a signal. `reload` is called on SIGHUP for new settings, of which workers and keys are taken over;
-    `started` once the server listens. Raises ConfigError when the address cannot be had."""
-    Keyring(settings.auth)  # raises now rather than in the middle of start-up
+    `started` once the server listens. Raises ConfigError when a setting cannot be followed, or the address not be
+    had."""
     app = create_app(settings)
+    try:
+        await prepare(app, settings)
+    except OSError as error:
+        raise ConfigError(f"cannot start: {error}") from error
+    except InvalidRequest as error:
+        raise ConfigError(error.message) from error
     config = uvicorn.Config(
         app,
         host=settings.server.host,

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from helium_proxy.errors import ConfigError
 from helium_proxy.types import Arrival, Outcome
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def make_tracer(*, enabled: bool, service_name: str = "helium-proxy", endpoint: 
     """The tracer that the settings ask for: OTLP over HTTP to `endpoint` or to what ``OTEL_EXPORTER_OTLP_…`` says.
 
     Raises:
-        RuntimeError: tracing is asked for, but the extra ``otel`` is not installed.
+        ConfigError: tracing is asked for, but the extra ``otel`` is not installed.
     """
     if not enabled:
         return NullTracer()
@@ -99,7 +100,7 @@ def make_tracer(*, enabled: bool, service_name: str = "helium-proxy", endpoint: 
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise RuntimeError("tracing.enabled needs the extra: pip install '.[otel]'") from error
+        raise ConfigError("tracing.enabled needs the extra: pip install '.[otel]'") from error
     provider = TracerProvider(resource=Resource.create({"service.name": service_name}), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     return OtelTracer(provider)

@@ -7,6 +7,8 @@ GET    /v1/workflows/{id}/events     progress and results as server-sent events 
 GET    /v1/workflows/{id}/explain    the plan beside what happened
 DELETE /v1/workflows/{id}            cancel; answers when every call has ended
 POST   /v1/workflows/explain         the plan, not run (?analyze=true: run, then the plan beside what happened)
+
+Where a plan is shown beside what happened, the header X-Helium-Failed-Operators counts the operators that failed.
 """
 
 from __future__ import annotations
@@ -89,9 +91,12 @@ async def _explained(request: Request, plan: PhysicalPlan, actuals: dict[int, Ac
     if form not in (None, "text", "json"):
         raise InvalidRequest("'format' is text or json", param="format")
     wants_text = form == "text" or (form is None and "text/plain" in request.headers.get("accept", ""))
+    headers: dict[str, str] = {}
+    if actuals is not None:
+        headers["x-helium-failed-operators"] = str(sum(actual.status == "failed" for actual in actuals.values()))
     if wants_text:
-        return PlainTextResponse(await asyncio.to_thread(explain_text, plan, actuals))
-    return json_response(await asyncio.to_thread(explain_json, plan, actuals))
+        return PlainTextResponse(await asyncio.to_thread(explain_text, plan, actuals), headers=headers)
+    return json_response(await asyncio.to_thread(explain_json, plan, actuals), headers=headers)
 
 
 def _message(name: str, data: Any, seq: int) -> bytes:

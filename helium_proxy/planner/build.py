@@ -24,6 +24,7 @@ import yaml
 
 from helium_proxy.errors import InvalidRequest
 from helium_proxy.planner.plan import Reference, Scalar, parse_plan
+from helium_proxy.planner.words import counted
 
 _current: ContextVar[Plan | None] = ContextVar("plan", default=None)
 
@@ -49,6 +50,23 @@ class InputRef:
 
 
 Text = str | NodeRef | InputRef
+
+
+class PlanFailed(RuntimeError):
+    """Some inputs of a plan did not complete; what did come out is here all the same."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        failed = [row for row in rows if row["status"] != "completed"]
+        self.results: list[dict[str, str]] = [row["outputs"] for row in rows]
+        """As `Plan.run` would have returned them; an output that failed is missing from its input's."""
+        self.errors: dict[int, dict[str, Any]] = {row["input"]: row.get("errors", {}) for row in failed}
+        """Input → output node → OpenAI's error object; of an input that was cancelled there may be none."""
+        first = failed[0]
+        said = "; ".join(f"{node}: {error.get('message')}" for node, error in self.errors[first["input"]].items())
+        super().__init__(
+            f"{len(failed):,} of {counted(len(rows), 'input')} did not complete: input {first['input']} "
+            f"{first['status']}" + (f" ({said})" if said else "")
+        )
 
 
 class Plan:
@@ -127,20 +145,22 @@ class Plan:
 
     def run(
         self,
-        inputs: Iterable[Mapping[str, Scalar]],
+        inputs: Iterable[Mapping[str, Scalar]] | None = None,
         *,
         base_url: str = "http://127.0.0.1:8080/v1",
         api_key: str | None = None,
         client: httpx.Client | None = None,
     ) -> list[dict[str, str]]:
-        """Submit the plan over `inputs` to a proxy and wait: per input, output node → text. Raises `InvalidRequest`
-        when the proxy refuses it, and `RuntimeError` when an input failed; the job is cancelled when interrupted."""
+        """Submit the plan over `inputs` (None: once, without any) to a proxy and wait: per input, output node → text.
+        Raises `InvalidRequest` when the proxy refuses it, and `PlanFailed`, which holds the results there are, when
+        an input failed; the job is cancelled when interrupted."""
         own = client is None
         http = client or httpx.Client(timeout=httpx.Timeout(90.0))
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         root = base_url.rstrip("/") + "/workflows"
         try:
-            job = _answer(http.post(root, json=self.to_dict(inputs), headers=headers))
+            body = self.to_dict([{}] if inputs is None else inputs)
+            job = _answer(http.post(root, json=body, headers=headers))
             url = f"{root}/{job['id']}"
             try:
                 while job["status"] == "running":
@@ -152,9 +172,8 @@ class Plan:
         finally:
             if own:
                 http.close()
-        for row in job["results"]:
-            if row["status"] != "completed":
-                raise RuntimeError(f"input {row['input']} {row['status']}: {row.get('errors')}")
+        if any(row["status"] != "completed" for row in job["results"]):
+            raise PlanFailed(job["results"])
         return [row["outputs"] for row in job["results"]]
 
 

@@ -162,6 +162,7 @@ class JobRun:
                 output_tokens=result.output_tokens if result else None,
                 started_s=None if run.started is None else round(run.started - origin, 4),
                 finished_s=None if run.finished is None else round(run.finished - origin, 4),
+                error=None if run.error is None else str(run.error.get("message")),
             )
         return found
 

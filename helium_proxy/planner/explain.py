@@ -10,9 +10,12 @@ from typing import Any
 from helium_proxy.planner.graph import Mark
 from helium_proxy.planner.pipeline import PhysicalPlan
 from helium_proxy.planner.trie import TrieNode
+from helium_proxy.planner.words import counted
 
 _DEEPEST = 100
 """Levels of the prefix tree that are shown: JSON encoders and readers have a limit of their own."""
+_LONGEST_ERROR = 300
+"""Characters of an operator's error in the text; a worker may answer with pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,8 @@ class Actual:
     output_tokens: int | None = None
     started_s: float | None = None
     finished_s: float | None = None
+    error: str | None = None
+    """Why it failed, or why what it depends on did."""
 
     @property
     def computed_tokens(self) -> int | None:
@@ -75,6 +80,7 @@ def explain_json(plan: PhysicalPlan, actuals: Mapping[int, Actual] | None = None
         "operators_submitted": plan.submitted,
         "operators_planned": len(plan.ids),
         "inputs": len(graph.outputs),
+        "warnings": _warnings(plan),
         "rewrites": [
             {"rule": r.rule, "dropped": r.dropped, "fetched": r.fetched, "nodes": dict(r.nodes)}
             for r in plan.rewrites
@@ -96,6 +102,13 @@ def explain_json(plan: PhysicalPlan, actuals: Mapping[int, Actual] | None = None
         "planning_s": round(plan.planning_s, 5),
         "operators": operators,
     }
+
+
+def _warnings(plan: PhysicalPlan) -> list[str]:
+    return [
+        f"no worker that is up serves model {model!r}, which {counted(count, 'operator')} will ask for"
+        for model, count in plan.unserved.items()
+    ]
 
 
 def _totals(actuals: Mapping[int, Actual]) -> dict[str, Any]:
@@ -160,8 +173,10 @@ def explain_text(plan: PhysicalPlan, actuals: Mapping[int, Actual] | None = None
     """`plan` for people: at most about `max_lines` of the tree and of each worker's order."""
     predicted = _prediction(plan)
     lines = [
-        f"Workflow {plan.graph.workflow}: {plan.submitted:,} operators over {len(plan.graph.outputs):,} inputs, "
-        f"{len(plan.ids):,} to compute (planned in {plan.planning_s * 1e3:.0f} ms)",
+        f"Workflow {plan.graph.workflow}: {counted(plan.submitted, 'operator')} over "
+        f"{counted(len(plan.graph.outputs), 'input')}, {len(plan.ids):,} to compute "
+        f"(planned in {plan.planning_s * 1e3:.0f} ms)",
+        *(f"Warning: {warning}" for warning in _warnings(plan)),
         "Rewrites",
     ]
     for done in plan.rewrites:
@@ -176,9 +191,10 @@ def explain_text(plan: PhysicalPlan, actuals: Mapping[int, Actual] | None = None
         total = _totals(actuals)
         lines.append(
             f"Actual: {total['makespan_s']:.2f} s, {total['computed_tokens']:,} of {total['prompt_tokens']:,} prompt "
-            f"tokens computed, {total['output_tokens']:,} output tokens; "
+            f"tokens computed, {counted(total['output_tokens'], 'output token')}; "
             + ", ".join(f"{count} {name}" for name, count in total["status"].items())
         )
+        lines += _failed_lines(plan, actuals, max_lines)
     for k, worker in enumerate(plan.workers):
         lines += _worker_lines(plan, k, worker.name, actuals, max_lines)
     return "\n".join(lines) + "\n"
@@ -188,7 +204,8 @@ def _prediction(plan: PhysicalPlan) -> str:
     """The prediction in one line."""
     prompt = sum(plan.tree.prompts.values())
     return (
-        f"Predicted: {plan.solution.makespan:,.0f} token steps (at least {plan.problem.lower_bound:,.0f}), "
+        f"Predicted: {counted(round(plan.solution.makespan), 'token step')} "
+        f"(at least {plan.problem.lower_bound:,.0f}), "
         f"{plan.forecast.makespan_s:.2f} s, {plan.forecast.computed_tokens:,.0f} of {prompt:,.0f} prompt tokens "
         f"computed (fewest possible {plan.tree.distinct_tokens:,.0f})"
     )
@@ -209,8 +226,32 @@ def _tree_lines(plan: PhysicalPlan, max_lines: int) -> list[str]:
         else:
             hidden += 1
     if hidden:
-        lines.append(f"  … {hidden:,} more nodes")
+        lines.append(f"  … {counted(hidden, 'more node')}")
     return lines
+
+
+def _failed_lines(plan: PhysicalPlan, actuals: Mapping[int, Actual], max_lines: int) -> list[str]:
+    """The operators that failed, each with its error; what they took with them is only counted, in the totals."""
+    failed = [id_ for id_, actual in actuals.items() if actual.status == "failed"]
+    lines = ["Failed"] if failed else []
+    for id_ in failed[:max_lines]:
+        error = " ".join((actuals[id_].error or "no reason given").split())
+        shown = error if len(error) <= _LONGEST_ERROR else error[:_LONGEST_ERROR] + "…"
+        lines.append(f"  {plan.graph.operators[id_].name}: {shown}")
+    if len(failed) > max_lines:
+        lines.append(f"  … {len(failed) - max_lines:,} more")
+    return lines
+
+
+def _happened(actual: Actual) -> str:
+    """One operator's state and times; of a call that was answered also its tokens, fate and worker."""
+    found = actual.status
+    if actual.started_s is not None:
+        found += f" {actual.started_s:.2f}-{'…' if actual.finished_s is None else f'{actual.finished_s:.2f}'} s"
+    if actual.fate is None:
+        return found
+    computed, output = ("?" if n is None else n for n in (actual.computed_tokens, actual.output_tokens))
+    return f"{found}, new={computed} out={output} {actual.fate}{f' on {actual.worker}' if actual.worker else ''}"
 
 
 def _worker_lines(
@@ -219,7 +260,7 @@ def _worker_lines(
     mine = [id_ for id_ in plan.rank if plan.placement[id_] == k]
     busy = sum(plan.solution.complete[plan.number[id_]] - plan.solution.begin[plan.number[id_]] for id_ in mine)
     share = busy / plan.solution.makespan if plan.solution.makespan else 0.0
-    lines = [f"Worker {name}: {len(mine):,} operators, busy {share:.0%} of the steps"]
+    lines = [f"Worker {name}: {counted(len(mine), 'operator')}, busy {share:.0%} of the steps"]
     if mine:
         lines.append(f"  {'order':>5}  {'operator':<28} {'steps':>17} {'new':>7} {'out':>6} {'path':>8}")
     for id_ in mine[:max_lines]:
@@ -232,12 +273,7 @@ def _worker_lines(
         )
         actual = actuals.get(id_) if actuals is not None else None
         if actual is not None:
-            computed = "?" if actual.computed_tokens is None else str(actual.computed_tokens)
-            when = "" if actual.started_s is None else f" {actual.started_s:.2f}-{actual.finished_s or 0:.2f} s"
-            line += (
-                f"  (actual {actual.status}{when}, new={computed} out={actual.output_tokens}"
-                f" {actual.fate or ''}{' on ' + actual.worker if actual.worker else ''})"
-            )
+            line += f"  (actual {_happened(actual)})"
         lines.append(line)
     if len(mine) > max_lines:
         lines.append(f"  … {len(mine) - max_lines:,} more")

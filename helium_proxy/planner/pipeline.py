@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -67,6 +68,13 @@ class PhysicalPlan:
         """The schedule in seconds and tokens actually computed."""
         deps = {id_: self.graph.operators[id_].deps for id_ in self.ids}
         return forecast(self.tree, self.workers, self.rank, self.placement, deps)
+
+    @cached_property
+    def unserved(self) -> dict[str, int]:
+        """Models that none of `workers` serves → operators that ask for them."""
+        models = Counter(self.graph.operators[id_].template.model for id_ in self.ids)
+        served = {model for model in models if any(worker.serves(model) for worker in self.workers)}
+        return {model: count for model, count in models.items() if model not in served}
 
     def __repr__(self) -> str:
         return (

@@ -10,6 +10,7 @@ which contains a placeholder stays text. Other ``{{…}}`` is left as it is.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from helium_proxy.errors import InvalidRequest
 from helium_proxy.planner.settings import PlanSettings
+from helium_proxy.planner.words import counted
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.:\-]{0,127}"
 _PLACEHOLDER = re.compile(r"\{\{\s*(inputs|nodes)\b([^{}]*)\}\}")
@@ -194,8 +196,8 @@ def _check_sizes(raw: Any, settings: PlanSettings) -> None:
         counts.append(len(value) if value else 1)
     if counts[0] * counts[1] > settings.max_operators:
         raise InvalidRequest(
-            f"{counts[0]:,} nodes over {counts[1]:,} inputs are {counts[0] * counts[1]:,} operators: "
-            f"at most {settings.max_operators:,} are taken",
+            f"{counted(counts[0], 'node')} over {counted(counts[1], 'input')} are {counts[0] * counts[1]:,} "
+            f"operators: at most {settings.max_operators:,} are taken",
             param="inputs",
         )
     elements = 0
@@ -275,10 +277,29 @@ def _resolve(spec: PlanSpec) -> Plan:
     return Plan(spec, tuple(spec.nodes[index[name]] for name in order), parents, outputs)
 
 
-def load_plan(path: Path, settings: PlanSettings | None = None) -> Plan:
-    """Read a plan file, YAML or JSON. Raises `InvalidRequest` when it is neither or not a plan."""
+class _PlanLoader(yaml.SafeLoader):
+    """YAML as plans have it: an unquoted date is the text that stands there, since JSON has no dates."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def read_plan(path: Path) -> Any:
+    """A plan file, YAML or JSON, as the JSON to send. Raises `InvalidRequest` when it holds anything else."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        # (JSON that is indented by tabs is no YAML.)
+        raw = json.loads(text) if path.suffix == ".json" and text.strip() else yaml.load(text, _PlanLoader)
+        json.dumps(raw, allow_nan=False)
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"{path.name}: {error}") from None
-    return parse_plan(raw, settings)
+    if raw is None:
+        raise InvalidRequest(f"{path.name}: there is no plan in it")
+    return raw
+
+
+def load_plan(path: Path, settings: PlanSettings | None = None) -> Plan:
+    """Read a plan file. Raises `InvalidRequest` when it is neither YAML nor JSON, or not a plan."""
+    return parse_plan(read_plan(path), settings)

@@ -135,7 +135,7 @@ def make_problem(
     rows: Mapping[int, int] | None = None,
 ) -> tuple[Problem, list[int]]:
     """The instance for a tree and workers, and the operator id behind each of its numbers. Operators whose model no
-    worker serves may go anywhere: the dispatcher answers for them."""
+    worker serves may go anywhere: the dispatcher answers for them, and `explain` warns of them."""
     ids = sorted(tree.paths)
     number = {id_: j for j, id_ in enumerate(ids)}
     everywhere = tuple(range(len(workers)))

@@ -112,7 +112,7 @@ def _connect(url: str, timeout_s: float) -> Any:
         from redis.backoff import NoBackoff
     except ImportError as error:
         raise ConfigError(
-            "backend: redis needs the redis extra: pip install 'helium-proxy[redis]'", param="reuse.backend"
+            "reuse.backend: redis needs the redis extra: pip install '.[redis]'", param="reuse.backend"
         ) from error
     try:
         pool = BlockingConnectionPool.from_url(
@@ -123,5 +123,5 @@ def _connect(url: str, timeout_s: float) -> Any:
             retry=Retry(NoBackoff(), 0),
         )
     except ValueError as error:
-        raise ConfigError(f"redis_url: {error}", param="reuse.redis_url") from error
+        raise ConfigError(f"reuse.redis_url: {error}", param="reuse.redis_url") from error
     return Redis(connection_pool=pool)

@@ -56,7 +56,7 @@ class SqliteBackend:
             self._db = self._thread.submit(self._open).result()
         except (sqlite3.Error, OSError) as error:
             self._thread.shutdown()
-            raise ConfigError(f"sqlite_path {path}: {error}", param="reuse.sqlite_path") from error
+            raise ConfigError(f"reuse.sqlite_path {path}: {error}", param="reuse.sqlite_path") from error
 
     def __repr__(self) -> str:
         return f"SqliteBackend({self._path.name}, {self._entries} entries, {self._bytes}/{self._max_bytes} B)"

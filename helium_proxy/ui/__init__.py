@@ -101,8 +101,10 @@ def _serve(request: Request, path: str, cache_control: str) -> Response:
 
 
 def ui_routes() -> list[Route]:
-    """The routes to mount at the root of the gateway: ``/helium``, ``/helium/`` and ``/helium/assets/…``."""
+    """The routes to mount at the root of the gateway: ``/helium/``, ``/helium/assets/…``; ``/``, ``/helium`` lead
+    to the page."""
     return [
+        Route("/", _redirect, include_in_schema=False),
         Route("/helium", _redirect, include_in_schema=False),
         Route("/helium/", _index, include_in_schema=False),
         Route("/helium/assets/{version}/{path:path}", _asset, include_in_schema=False),

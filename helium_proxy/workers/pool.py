@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -193,6 +194,8 @@ class Pool:
             # A refused connection on a check that a failed call asked for leaves nothing to wait for.
             if worker.state == "up" and (worker.failed_checks >= settings.unhealthy_after or (urgent and refused)):
                 self._set_state(worker, "down")
+            elif worker.state == "starting" and worker.failed_checks == settings.unhealthy_after:
+                log.warning("worker has not come up yet", worker=worker.id, error=worker.last_error)
             return 0.0
         worker.failed_checks = 0
         worker.last_error = None
@@ -229,7 +232,8 @@ class Pool:
     def _set_state(self, worker: Worker, state: WorkerState) -> None:
         if worker.state == state:
             return
-        log.info("worker state", worker=worker.id, state=state, was=worker.state, error=worker.last_error)
+        level = logging.WARNING if state == "down" else logging.INFO
+        log.log(level, "worker state", worker=worker.id, state=state, was=worker.state, error=worker.last_error)
         worker.state = state
         self._show(worker, Facts())
         self._on_change(worker)
@@ -237,10 +241,13 @@ class Pool:
     def _show(self, worker: Worker, before: Facts) -> None:
         """Its state as a metric of each of its models, or of none while none is known; `before`: models it had."""
         gone = {m.id for m in before.models} - {m.id for m in worker.facts.models}
-        for model in [*gone, *([""] if worker.facts.models else [])]:
+        unnamed = [""]
+        if metrics.shared_files() is not None:
+            gone, unnamed = set(), []  # what could not be dropped would be down for ever
+        for model in [*gone, *(unnamed if worker.facts.models else [])]:
             with contextlib.suppress(KeyError):
                 metrics.WORKER_UP.remove(worker.id, metrics.bounded("model", model) if model else "")
-        for name in [m.id for m in worker.facts.models] or [""]:
+        for name in [m.id for m in worker.facts.models] or unnamed:
             label = metrics.bounded("model", name) if name else ""
             metrics.WORKER_UP.labels(worker.id, label).set(1 if worker.state == "up" else 0)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 
 class WorkerSpec(BaseModel):
@@ -23,6 +24,12 @@ class WorkerSpec(BaseModel):
         None, ge=1, description="KV capacity in blocks, where the worker's `/metrics` does not tell."
     )
     block_size: int | None = Field(None, ge=1, description="Tokens per KV block, likewise.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        """A worker may be given by its URL alone."""
+        return {"url": value} if isinstance(value, str) else value
 
     @field_validator("url")
     @classmethod

@@ -43,6 +43,7 @@ def run_json(run: Run, clock: Clock) -> dict[str, Any]:
     """A run with its calls and edges; edges join calls by id."""
     return {
         "run": run.id,
+        "tenant": run.tenant,
         "workflow": run.workflow,
         "state": run.state,
         "ended_by": run.ended_by,
@@ -72,6 +73,7 @@ def run_summary(run: Run, clock: Clock) -> dict[str, Any]:
         edges += len(call.edges)
     return {
         "run": run.id,
+        "tenant": run.tenant,
         "workflow": run.workflow,
         "state": run.state,
         "ended_by": run.ended_by,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -24,6 +25,7 @@ from helium_proxy.workflow.settings import WorkflowSettings
 Source = Literal["body", "header", "baggage", "native"]
 
 FIELDS = ("workflow", "run", "node", "parents", "final", "deadline_ms", "priority")
+_FIELDS = frozenset(FIELDS)
 HEADERS: dict[str, str] = {f"x-helium-{name.replace('_', '-')}": name for name in FIELDS}
 """Header name → field."""
 _INTERESTING = frozenset({*HEADERS, *native_headers.KNOWN, "baggage", "traceparent"})
@@ -65,6 +67,15 @@ class _Reader:
         self.sources: dict[str, Source] = {}
         self.conflicts: list[str] = []
         self.ignored: list[str] = []
+
+    def unknown(self, names: Iterable[str]) -> None:
+        """`names` are no fields; a typo, perhaps."""
+        if self.settings.strict:
+            name = min(names)
+            near = get_close_matches(name, FIELDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InvalidRequest(f"helium.{name[:64]}: no such tag{hint}", param=f"helium.{name[:64]}")
+        self.ignored.append("unknown")
 
     def offer(self, name: str, raw: Any, source: Source) -> None:
         """Take `raw` for field `name` unless a better source has already given it."""
@@ -223,6 +234,8 @@ def read(body: Mapping[str, Any], headers: Mapping[str, str], settings: Workflow
             if settings.strict:
                 raise InvalidRequest("helium: must be an object", param="helium")
             reader.ignored.append("helium")
+        elif own is not None and not own.keys() <= _FIELDS:
+            reader.unknown(own.keys() - _FIELDS)
         for name, raw in _body_fields(body):
             reader.offer(name, raw, "body")
     session: Session | None = None

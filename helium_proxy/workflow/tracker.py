@@ -347,9 +347,9 @@ class Workflows:
             run.last_at - run.created_at,
         )
 
-    def end_run(self, tenant: str, run: str) -> bool:
-        """End a live run by the API; False when there is none of that id."""
-        found = self._runs.of(tenant, run)
+    def end_run(self, run: str, tenant: str | None = None) -> bool:
+        """End a live run by the API; False when there is none of that id. Of several tenants' it is the newest."""
+        found = self._runs.find(run, tenant)
         if found is None or found.state != "live":
             return False
         self._runs.end(found, "api", found.last_at)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from serving import CHAT, Proxy, Stack, chat
 
 from helium_proxy import metrics
@@ -40,6 +41,31 @@ async def test_calls_need_a_key(stack: Stack) -> None:
         assert (await proxy.client.get("/v1/models", headers=headers)).status_code == 200
     for path in ("/health", "/ready", "/metrics", "/version"):
         assert (await proxy.client.get(path)).status_code == 200, "probes and scrapers have no key"
+
+
+def test_no_key_is_nobodys_key(tmp_path: Path) -> None:
+    """A variable that a template left empty must not let everybody in."""
+    with pytest.raises(ValidationError):
+        AuthSettings.model_validate({"keys": [{"key": ""}]})
+    keyring = Keyring(AuthSettings.model_validate({"keys": [{"key": " "}]}))
+    for headers in ({}, {"authorization": "Bearer "}, {"authorization": "Bearer  "}, {"x-api-key": " "}):
+        with pytest.raises(Unauthorized):
+            keyring.authenticate(headers)
+    file = tmp_path / "keys.yaml"
+    file.write_text("- {key: '', tenant: t}")
+    with pytest.raises(ConfigError):
+        Keyring(AuthSettings(keys_file=file))
+
+
+async def test_an_operator_ends_any_tenants_run(stack: Stack) -> None:
+    proxy = await stack.proxy(await stack.fake(), auth={"keys": KEYS})
+    tags = {"run": "r", "workflow": "w", "node": "n"}
+    for key in ("sk-one", "sk-two"):
+        await proxy.client.post(CHAT, json=chat(helium=tags), headers=bearer(key))
+    listed = (await proxy.client.get("/helium/runs", headers=bearer("sk-admin"))).json()["runs"]
+    assert [(run["run"], run["tenant"]) for run in listed] == [("r", "two"), ("r", "one")]
+    for key, status in (("sk-one", 200), ("sk-one", 404), ("sk-admin", 200), ("sk-two", 404)):
+        assert (await proxy.client.delete("/helium/runs/r", headers=bearer(key))).status_code == status
 
 
 async def test_the_client_s_key_reaches_no_worker_and_no_log(stack: Stack, capfd: pytest.CaptureFixture[str]) -> None:

@@ -98,3 +98,28 @@ async def test_a_call_that_is_cancelled_while_its_answer_is_stored_gives_its_slo
     await until(lambda: proxy.services.in_flight == 0)
     await until(lambda: proxy.services.dispatcher.statistics().running == 0)
     assert all(w.inflight == 0 for w in proxy.services.pool)
+
+
+async def test_a_purge_that_fails_says_so(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = await stack.proxy(await stack.fake())
+    monkeypatch.setattr(type(proxy.services.cache), "purge", broken_async)
+    response = await proxy.client.delete("/helium/cache")
+    assert response.status_code == 502
+    assert response.json()["error"]["code"] == "upstream_error"
+
+
+async def test_a_bug_in_an_operators_route_is_an_error_in_the_usual_form(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = await stack.proxy(await stack.fake())
+    monkeypatch.setattr(proxy.services.workflows, "runs", broken)
+    counted = metrics.HTTP_REQUESTS.labels("other", 500)._value.get()
+    response = await proxy.client.get("/helium/runs")
+    assert response.status_code == 500
+    assert response.json()["error"] == {
+        "message": "internal error",
+        "type": "server_error",
+        "param": None,
+        "code": "internal_error",
+    }
+    assert metrics.HTTP_REQUESTS.labels("other", 500)._value.get() == counted + 1

@@ -7,6 +7,7 @@ import asyncio
 import aiohttp
 import pytest
 from serving import CHAT, SLOW, FakeWorker, Seen, Stack, answer, chat, http_client, many_client, until
+from structlog.testing import capture_logs
 
 from helium_proxy import metrics
 
@@ -161,6 +162,33 @@ async def test_a_worker_that_is_down_comes_back_by_itself(stack: Stack) -> None:
     worker.health = 200
     assert (await proxy.chat()).status_code == 200, "the call waited for it"
     assert watched.epoch == epoch + 1, "its cache may be gone"
+
+
+async def test_the_only_worker_is_waited_for(stack: Stack) -> None:
+    """Refused, a call is sent again at once only where another worker is."""
+    worker = FakeWorker()
+    await worker.server.start()
+    port = worker.server.port
+    proxy = await stack.proxy(worker)
+    await worker.server.kill()
+    call = asyncio.create_task(proxy.chat())
+    (watched,) = proxy.services.pool.all()
+    await until(lambda: watched.state == "down")
+    worker.server = type(worker.server)(worker, port)
+    await worker.server.start()
+    assert (await call).status_code == 200
+    await worker.server.kill()
+
+
+async def test_a_worker_that_does_not_come_up_is_told_of(stack: Stack) -> None:
+    with capture_logs() as logged:
+        proxy = await stack.proxy("http://127.0.0.1:1", wait=False)
+        await until(lambda: any("has not come up" in line["event"] for line in logged))
+        (watched,) = proxy.services.pool.all()
+        await until(lambda: watched.failed_checks > 5)
+    (line,) = (line for line in logged if "has not come up" in line["event"])
+    assert line["log_level"] == "warning"
+    assert "refused" in line["error"]
 
 
 async def test_a_call_waits_for_the_first_worker(stack: Stack) -> None:

@@ -210,6 +210,54 @@ def test_a_bad_keys_file_ends_it_with_a_clear_word(tmp_path: Path) -> None:
     assert "listen" not in said
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"reuse__backend": "sqlite", "reuse__sqlite_path": "{}/file/c.db"}, "reuse.sqlite_path"),
+        ({"reuse__backend": "redis", "reuse__redis_url": "nonsense"}, "reuse.redis_url"),
+        ({"plans__files_dir": "{}/file/folder"}, "cannot start: "),
+        ({"pool__max_workers": "1", "workers": '["http://a:1", "http://b:1"]'}, "no more than 1 workers"),
+    ],
+)
+async def test_a_setting_that_cannot_be_followed_ends_it_with_a_clear_word(
+    tmp_path: Path, settings: dict[str, str], said: str
+) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "helium_proxy.cli", "serve", "--port", "0"]
+    environment = {f"HELIUM_{k.upper()}": v.format(tmp_path) for k, v in settings.items()}
+    environment = {**os.environ, "HELIUM_ENGINE__COUNT": "0", **environment}
+    child = await asyncio.create_subprocess_exec(*command, env=environment, stderr=asyncio.subprocess.PIPE)
+    _, printed = await child.communicate()
+    assert child.returncode == 1
+    *before, last = printed.decode().splitlines()
+    assert last.startswith("Error: ")
+    assert said in last
+    assert all('"level": "info"' in line for line in before)
+
+
+async def test_it_goes_on_and_ends_when_nobody_reads_its_log(stack: Stack) -> None:
+    """As in ``helium-proxy serve 2>&1 | tee log`` when Ctrl-C ends tee first, or a terminal that is closed."""
+    late = await stack.fake()
+    port = late.server.port
+    await late.server.kill()
+    command = [sys.executable, "-m", "helium_proxy.cli", "serve", "--port", "0", "--worker", late.url]
+    child = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    process = Process(child)
+    await process.started()
+    child._transport.get_pipe_transport(2).close()  # type: ignore[attr-defined]
+    late.server = type(late.server)(late, port)
+    await late.server.start()
+    try:
+        async with http_client(process.url) as client:
+            assert (await client.post(CHAT, json=chat())).status_code == 200
+        child.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(child.wait(), 20) == 0
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await late.server.kill()
+
+
 async def test_a_port_in_use_ends_it_with_a_clear_word(stack: Stack) -> None:
     port = str((await stack.fake()).server.port)
     command = [sys.executable, "-m", "helium_proxy.cli", "serve", "--port", port]

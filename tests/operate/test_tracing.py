@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from serving import Stack, until
 
+from helium_proxy.errors import ConfigError
 from helium_proxy.gateway.tracing import NullTracer, OtelTracer, make_tracer, run_ids
 from helium_proxy.types import Arrival, Outcome
 
@@ -160,7 +161,7 @@ def test_switched_on_without_the_extra_says_what_to_install(monkeypatch: pytest.
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(RuntimeError, match=r"pip install .*\[otel\]"):
+    with pytest.raises(ConfigError, match=r"pip install .*\[otel\]"):
         make_tracer(enabled=True)
 
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from fastapi import FastAPI
 
-from helium_proxy.errors import InvalidRequest
-from helium_proxy.plan import Plan, chat, completion, input_
+from helium_proxy.errors import InvalidRequest, UpstreamFailed
+from helium_proxy.plan import Plan, PlanFailed, chat, completion, input_
 from helium_proxy.planner.plan import parse_plan
 from tests.planner.conftest import Site
 from tests.planner.fakes import FakePort
@@ -155,8 +155,43 @@ async def test_run_says_what_failed(proxies: Any) -> None:
         raise ZeroDivisionError
 
     client = proxies(FakePort(fail))
-    with pytest.raises(RuntimeError, match="input 0 failed"):
+    with pytest.raises(PlanFailed, match=r"^1 of 1 input did not .*: input 0 failed \(summary: internal error\)"):
         map_reduce().run([{"question": "Why?"}], base_url="http://proxy/v1", client=client)
     client.headers.pop("x-tenant")
     with pytest.raises(InvalidRequest, match="401: who are you"):
         map_reduce().run([{"question": "Why?"}], base_url="http://proxy/v1", client=client)
+
+
+async def test_what_came_out_is_kept_when_an_input_fails(proxies: Any) -> None:
+    def fail(seen: Any) -> str:
+        if seen.node == "second" and "How" in seen.text:
+            raise UpstreamFailed("out of order")
+        return f"{seen.node}<{seen.text}>"
+
+    plan = Plan("pair", model="demo")
+    plan.chat("first", user=input_("q"))
+    plan.chat("second", user=input_("q"))
+    client = proxies(FakePort(fail))
+    with pytest.raises(PlanFailed) as caught:
+        plan.run([{"q": "Why?"}, {"q": "How?"}], base_url="http://proxy/v1", client=client)
+    assert isinstance(caught.value, RuntimeError)
+    assert caught.value.results == [{"first": "first<Why?>", "second": "second<Why?>"}, {"first": "first<How?>"}]
+    assert list(caught.value.errors) == [1]
+    assert caught.value.errors[1]["second"]["message"] == "out of order"
+
+
+def test_an_input_that_was_cancelled_says_so() -> None:
+    done = {"input": 0, "status": "completed", "outputs": {"a": "x"}}
+    error = PlanFailed([done, {"input": 1, "status": "cancelled", "outputs": {}}])
+    assert str(error) == "1 of 2 inputs did not complete: input 1 cancelled"
+    assert (error.results, error.errors) == ([{"a": "x"}, {}], {1: {}})
+
+
+async def test_a_plan_without_inputs_runs_once(proxies: Any) -> None:
+    plan = Plan("w", model="demo")
+    plan.chat("a", user="x")
+    client = proxies(FakePort())
+    assert plan.run(base_url="http://proxy/v1", client=client) == [{"a": "a(x)"}]
+    plan.chat("b", user=input_("q"))
+    with pytest.raises(InvalidRequest, match="does not have"):  # found before anything is sent
+        plan.run(base_url="http://nowhere/v1", client=client)

@@ -106,16 +106,27 @@ def test_analyze_puts_actuals_beside_predictions() -> None:
     actuals = {
         ids[0]: Actual("done", "computed", "w1", 60, 20, 9, 0.5, 1.5),
         ids[1]: Actual("done", "coalesced", "w1", 60, 20, 9, 0.5, 2.5),
-        ids[2]: Actual("failed", started_s=0.5, finished_s=1.0),
+        ids[2]: Actual("failed", started_s=0.5, finished_s=1.0, error="out\nof " + "order" * 100),
+        ids[3]: Actual("skipped", error="out of order"),
+        ids[4]: Actual("running", started_s=0.5),
     }
     text = explain_text(made, actuals)
-    assert "Actual: 2.50 s, 40 of 120 prompt tokens computed, 18 output tokens; 2 done, 1 failed" in text
+    assert "Actual: 2.50 s, 40 of 120 prompt tokens computed, 18 output tokens; 2 done, 1 failed, 1 skipped" in text
     assert "(actual done 0.50-1.50 s, new=40 out=9 computed on w1)" in text
     assert "(actual done 0.50-2.50 s, new=0 out=9 coalesced on w1)" in text
+    assert "(actual failed 0.50-1.00 s)" in text
+    assert "(actual skipped)" in text
+    assert "(actual running 0.50-… s)" in text
+    name = made.graph.operators[ids[2]].name
+    failed = text.splitlines().index("Failed")
+    assert text.splitlines()[failed + 1].startswith(f"  {name}: out of order")
+    assert text.splitlines()[failed + 1].endswith("…")
+    assert text.splitlines()[failed + 2].startswith("Worker ")
     found = explain_json(made, actuals)
     assert found["actual"]["fate"] == {"computed": 1, "coalesced": 1}
     actual = next(o["actual"] for o in found["operators"] if "actual" in o and o["actual"]["fate"] == "computed")
     assert actual["computed_tokens"] == 40
+    assert next(o["actual"]["error"] for o in found["operators"] if o.get("order") == 3) == "out of order"
 
 
 def test_long_plans_are_cut() -> None:
@@ -131,3 +142,33 @@ def test_a_tree_too_deep_for_json_is_cut() -> None:
     plan = make_physical(parse_plan(raw), Planning())
     text = orjson.dumps(explain_json(plan))
     assert b'"deeper":' in text
+
+
+def test_a_model_that_no_worker_serves_is_warned_of() -> None:
+    nodes = [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y", "model": "large"}, {"id": "c", "prompt": "z"}]
+    workers = [PlanWorker("w0", models=frozenset({"large"})), PlanWorker("w1", models=frozenset({"other"}))]
+    made = make_physical(parse_plan({"model": "small", "nodes": nodes}), Planning(workers=workers))
+    warning = "no worker that is up serves model 'small', which 2 operators will ask for"
+    assert explain_json(made)["warnings"] == [warning]
+    assert explain_text(made).splitlines()[1] == f"Warning: {warning}"
+    anything = replace(made, workers=(*workers, PlanWorker("w2")))
+    assert explain_json(anything)["warnings"] == []
+    assert "Warning" not in explain_text(anything)
+
+
+def test_many_failures_are_cut() -> None:
+    raw = {"model": "m", "nodes": [{"id": f"n{i}", "prompt": f"{i}"} for i in range(30)]}
+    made = make_physical(parse_plan(raw), Planning())
+    text = explain_text(made, {id_: Actual("failed", error="no") for id_ in made.ids}, max_lines=20)
+    assert text.count(": no\n") == 20
+    assert ": no\n  … 10 more\n" in text
+
+
+def test_one_of_a_thing_is_one() -> None:
+    raw = {"model": "m", "params": {"max_tokens": 1}, "nodes": [{"id": "a", "prompt": "x"}]}
+    made = make_physical(parse_plan(raw), Planning(workers=[PlanWorker("w0", kv_tokens=1)]))
+    actuals = {made.ids[0]: Actual("done", "computed", "w0", 1, 0, 1, 0.0, 1.0)}
+    text = explain_text(made, actuals, max_lines=1)
+    assert text.startswith("Workflow workflow: 1 operator over 1 input, 1 to compute")
+    assert "Worker w0: 1 operator, busy" in text
+    assert " 1 output token; 1 done" in text

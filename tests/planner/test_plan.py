@@ -198,3 +198,28 @@ def test_load_plan(tmp_path: Path) -> None:
     path.write_text("nodes: [", encoding="utf-8")
     with pytest.raises(InvalidRequest, match=r"plan\.yaml"):
         load_plan(path)
+
+
+def test_a_date_in_a_plan_file_is_the_text_that_stands_there(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "model: m\nnodes: [{id: a, prompt: x}]\ninputs: [{d: 2024-01-01, at: 2024-01-01 12:00:00, n: 3, b: true}]\n"
+    )
+    assert load_plan(path).spec.inputs == [{"d": "2024-01-01", "at": "2024-01-01 12:00:00", "n": 3, "b": True}]
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "nodes: !!set {a}\n", "nodes: .inf\n", "[" * 5_000])
+def test_a_file_that_holds_no_plan(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidRequest, match=r"^plan\.yaml: "):
+        load_plan(path)
+
+
+def test_json_may_be_indented_by_tabs(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text('{\n\t"model": "demo",\n\t"nodes": [{"id": "a", "prompt": "x"}]\n}')
+    assert [node.id for node in load_plan(file).spec.nodes] == ["a"]
+    file.write_bytes(b"\xff")
+    with pytest.raises(InvalidRequest, match=r"plan\.json"):
+        load_plan(file)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from helium_proxy.errors import UpstreamFailed
 from helium_proxy.gateway.workflows import event_stream
 from tests.planner.fakes import FakePort
 
@@ -143,6 +144,28 @@ async def test_explain_analyze_runs_it(sites: Any) -> None:
     (job,) = site.deps.jobs.mine("t")
     again = (await site.client.get(f"/v1/workflows/{job.id}/explain")).json()
     assert again["actual"]["status"] == {"done": 6}
+
+
+async def test_explain_analyze_counts_the_operators_that_failed(sites: Any) -> None:
+    def fail(seen: Any) -> str:
+        if seen.text == "first x":
+            raise UpstreamFailed("out of order")
+        return seen.text
+
+    site = sites(FakePort(fail))
+    plain = await site.client.post("/v1/workflows/explain", json=RAW)
+    assert "x-helium-failed-operators" not in plain.headers
+    found = await site.client.post("/v1/workflows/explain?analyze=1", json=RAW)
+    assert found.headers["x-helium-failed-operators"] == "1"
+    assert found.json()["actual"]["status"] == {"done": 4, "failed": 1, "skipped": 1}
+    errors = {o["actual"]["status"]: o["actual"]["error"] for o in found.json()["operators"]}
+    assert errors == {"done": None, "failed": "out of order", "skipped": "out of order"}
+
+
+async def test_an_empty_body_is_called_empty(sites: Any) -> None:
+    response = await sites().client.post("/v1/workflows")
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "the body is empty"
 
 
 async def test_explain_analyze_has_a_deadline(sites: Any) -> None:

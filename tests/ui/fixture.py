@@ -257,6 +257,7 @@ PLAN: dict[str, Any] = {
     "operators_submitted": 8,
     "operators_planned": 5,
     "inputs": 2,
+    "warnings": ["no worker that is up serves model 'demo', which 5 operators will ask for"],
     "rewrites": [
         {"rule": "prune", "dropped": 2, "fetched": 0, "nodes": {"unused": 2}},
         {"rule": "cache_fetch", "dropped": 0, "fetched": 1, "nodes": {"expert_law": 1}},
@@ -303,7 +304,7 @@ _JOB = {
     "workflow": "map-reduce",
     "status": "completed",
     "operators": {"submitted": 8, "planned": 5},
-    "inputs": {"total": 2},
+    "inputs": {"total": 1},
 }
 
 
@@ -314,6 +315,8 @@ class Fixture:
     clock: Callable[[], float]
     key: str | None = None
     mode: str = "full"
+    others: tuple[str, ...] = ("trading-51c0", "trading-2b9e")
+    """Runs that have ended, beside `RUN`."""
     asked: list[tuple[str, int]] = field(default_factory=list)
     """(path, status) of every JSON request so far."""
 
@@ -343,7 +346,7 @@ class Fixture:
         return (self.clock() if run == RUN else duration(), run)
 
     def _runs(self, request: Request) -> dict[str, Any]:
-        runs = [run_at(*self._of(name)) for name in (RUN, "trading-51c0", "trading-2b9e")]
+        runs = [run_at(*self._of(name)) for name in (RUN, *self.others)]
         wanted = request.query_params
         kept = [
             run

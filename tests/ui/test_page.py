@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from helium_proxy.gateway.run_metrics import critical_path_s
+from helium_proxy.ui import assets
+
 from .conftest import Stage
-from .fixture import RUN, duration, recorded
+from .fixture import RUN, duration, recorded, run_at
 
 
 def test_a_live_run_appears_and_its_nodes_change_state(stage: Stage) -> None:
@@ -69,6 +72,79 @@ def test_numbers_are_the_runs_own(stage: Stage) -> None:
     assert re.sub(r"\s+", " ", tiles["Calls"]) == "88 of 88 · 1 failed"
     assert tiles["Makespan"] == f"{duration():.1f} s"
     assert page.locator("tbody tr").count() == 88
+
+
+def test_the_critical_path_is_that_of_the_metric(stage: Stage) -> None:
+    stage.now = duration()
+    page = stage.open()
+    page.locator(".g-bar").nth(87).wait_for()
+    tile = page.locator(".tile", has_text="Critical path").locator("dd")
+    assert tile.inner_text() == f"{critical_path_s(run_at(duration())):.1f} s"
+    assert 6 <= page.locator(".node.critical").count() < 20
+
+
+def call(name: str, queued: float, finished: float | None, started: float | None = None) -> dict[str, Any]:
+    state = "done" if finished is not None else "running"
+    return {"call": name, "state": state, "queued_at": queued, "started_at": started, "finished_at": finished}
+
+
+HIT_AT_THE_END: dict[str, Any] = {
+    "state": "done",
+    "nodes": [call("long", 0, 5, 1), call("short", 0, 6, 5), call("after", 5, 9, 8), call("hit", 10, 10)],
+    "edges": [{"from": f, "to": t} for f, t in (("long", "after"), ("short", "after"), ("gone", "after"))],
+}
+STILL_RUNNING: dict[str, Any] = {
+    "state": "live",
+    "nodes": [call("a", 0, 2), call("b", 0, 3), call("c", 2, None, 3), call("d", 3, 6)],
+    "edges": [{"from": f, "to": t} for f, t in (("a", "c"), ("a", "c"), ("b", "d"))],
+}
+IN_CIRCLES: dict[str, Any] = {
+    "state": "done",
+    "nodes": [call("a", 0, 2), call("b", 2, 5), call("c", 0, 1)],
+    "edges": [{"from": f, "to": t} for f, t in (("a", "b"), ("b", "a"))],
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "path", "seconds"),
+    [
+        (HIT_AT_THE_END, {"after": "short", "short": None}, 10),
+        (STILL_RUNNING, {"c": "a", "a": None}, 2 + 18),
+        (IN_CIRCLES, {"c": None}, 1),
+        ({"state": "live", "nodes": [], "edges": []}, {}, 0),
+    ],
+    ids=["hit-at-the-end", "still-running", "in-circles", "empty"],
+)
+def test_the_critical_path_is_the_longest_chain_by_time(
+    stage: Stage, run: dict[str, Any], path: dict[str, str | None], seconds: float
+) -> None:
+    found = stage.open().evaluate(
+        """async ([url, json]) => {
+          const { criticalSeconds, readRun } = await import(url);
+          const run = readRun(json, 20);
+          return [Object.fromEntries(run.critical), criticalSeconds(run)];
+        }""",
+        [f"{stage.base}/helium/assets/{assets().version}/model.js", run],
+    )
+    assert found == [path, seconds]
+    if run is HIT_AT_THE_END:
+        assert critical_path_s(run) == seconds
+
+
+def test_long_run_ids_leave_room_for_state_and_calls(stage: Stage) -> None:
+    stage.fixture.others = ("trading-" + "0123456789abcdef" * 3, "t" * 128)
+    stage.now = duration()
+    page = stage.open()
+    page.locator(".item").nth(2).wait_for()
+    side = page.locator(".side").bounding_box()
+    assert page.locator(".side").evaluate("side => side.scrollWidth - side.clientWidth") == 0
+    for item in page.locator(".item").all():
+        box = item.bounding_box()
+        assert box["x"] + box["width"] <= side["x"] + side["width"]
+        for part in (item.locator(".pill"), item.locator("small").nth(1)):
+            inner = part.bounding_box()
+            assert inner["x"] + inner["width"] <= box["x"] + box["width"]
+            assert part.evaluate("e => e.scrollWidth <= e.clientWidth + 1"), "it is cut"
 
 
 def test_a_call_is_inspected_by_mouse_and_by_keyboard(stage: Stage) -> None:
@@ -194,6 +270,9 @@ def test_a_plan_is_explained_and_a_submitted_one_opened(stage: Stage) -> None:
     page.get_by_role("button", name="Explain").click()
     page.locator(".g-bar").nth(4).wait_for()
     assert page.get_by_role("alert").count() == 0
+    warning = "Warning: no worker that is up serves model 'demo', which 5 operators will ask for"
+    assert page.get_by_role("status").filter(has_text="Warning").inner_text() == warning
+    assert page.locator("a.item small").nth(1).inner_text() == "5 of 8 operators · 1 input"
     assert page.locator(".row-label").all_text_contents() == ["worker-0", "worker-1"]
     assert stage_kinds(page)["expert_law[0]"] == "hit"
     assert page.locator(".tree .pill").all_inner_texts() == ["× 5", "× 2"]

@@ -147,9 +147,9 @@ def test_a_run_ends_by_final_idle_or_api() -> None:
     driver.call([user("x")], run="f", node="n", final=True)
     driver.call([user("x")], run="i", node="n")
     driver.call([user("x")], run="a", node="n")
-    assert driver.workflows.end_run("t", "a")
-    assert not driver.workflows.end_run("t", "a")
-    assert not driver.workflows.end_run("other", "i")
+    assert not driver.workflows.end_run("a", "other")
+    assert driver.workflows.end_run("a", "t")
+    assert not driver.workflows.end_run("a", "t")
     assert {(end.run, end.reason) for end in driver.workflows.tick(driver.now)} == {("f", "final"), ("a", "api")}
     ended = driver.workflows.tick(driver.now + 11)
     assert [(end.run, end.reason, end.calls) for end in ended] == [("i", "idle", 1)]

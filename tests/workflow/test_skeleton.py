@@ -306,7 +306,7 @@ def chain(driver: Driver, run: str, seed: int, *, tagged: bool, upto: int = 9) -
     if upto > 1:
         call = driver.call(second, text(seed + 900), **tags("critic", parents=["writer"]))
         driver.workflows.study(call.call, {"messages": second}, text(seed + 900))
-        driver.workflows.end_run("t", call.run)
+        driver.workflows.end_run(call.run, "t")
     return first.call, second
 
 

@@ -105,6 +105,13 @@ def test_bad_tags_are_refused_when_strict_and_ignored_otherwise(bad: dict[str, A
     assert read.run == "kept"
 
 
+def test_members_that_are_no_tags_are_noticed() -> None:
+    with pytest.raises(InvalidRequest, match=r"helium\.wrkflow: no such tag; did you mean workflow\?"):
+        tags.read({"helium": {"run": "r", "wrkflow": "w"}}, {}, STRICT)
+    read = tags.read({"helium": {"run": "r", "wrkflow": "w", "x": 1}}, {}, LENIENT)
+    assert (read.run, read.ignored) == ("r", ("unknown",))
+
+
 def test_not_an_object() -> None:
     with pytest.raises(InvalidRequest, match="object"):
         tags.read({"helium": "trading"}, {}, STRICT)

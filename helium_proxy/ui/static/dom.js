@@ -84,6 +84,9 @@ export const format = {
   },
 };
 
+/** "1 call", "2 calls". */
+export const counted = (number, noun) => `${format.int(number)} ${noun}${number === 1 ? "" : "s"}`;
+
 export const pill = (text, kind = text) => h("span", { class: `pill ${kind}`, text });
 
 /** Update (or fill) a stacked bar; parts are [kind, amount, label]. */

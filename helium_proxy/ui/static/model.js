@@ -41,20 +41,35 @@ export const reused = (sum) => (total(sum) ? 1 - (sum.computed + sum.error) / to
 
 const times = (node) => [node.queued_at, node.started_at, node.first_token_at, node.finished_at].filter((t) => t != null);
 
-/** The longest chain of dependent calls, by time: from the last call to end, back through its latest parent. As a map
- * from each call on it to the one it waited for (null: the first). */
-export function criticalPath(nodes, edges) {
-  const by = new Map(nodes.map((node) => [node.call, node]));
-  const parents = new Map();
+/** Seconds of a call, from its arrival to its end, or to `now` while it has none. */
+const spent = (node, now) => (node.finished_at ?? now) - node.queued_at;
+
+/** The longest chain of dependent calls, by time, as helium_run_critical_path_seconds has it: what is spent between
+ * calls does not count. As a map from each call on it to the one before it (null: the first). */
+export function criticalPath(nodes, edges, now) {
+  const chains = new Map(); // call -> the longest chain that ends with it; `missing`: parents not looked at yet
+  for (const node of nodes) {
+    if (node.queued_at != null) chains.set(node.call, { own: spent(node, now), seconds: spent(node, now), before: null, missing: 0, children: [] });
+  }
   for (const { from, to } of edges) {
-    if (by.has(from) && by.has(to)) parents.set(to, [...(parents.get(to) ?? []), from]);
+    if (!chains.has(from) || !chains.has(to)) continue;
+    chains.get(from).children.push(to);
+    chains.get(to).missing += 1;
   }
-  const end = (call) => Math.max(...times(by.get(call)), -Infinity);
-  const latest = (calls) => calls.reduce((best, call) => (best === null || end(call) > end(best) ? call : best), null);
+  const order = [...chains.keys()].filter((call) => chains.get(call).missing === 0); // grows: parents before children
+  let last = null;
+  for (const call of order) {
+    const { seconds, children } = chains.get(call);
+    if (last === null || seconds >= chains.get(last).seconds) last = call;
+    for (const child of children) {
+      const chain = chains.get(child);
+      if (chain.before === null || seconds > chains.get(chain.before).seconds) Object.assign(chain, { before: call, seconds: seconds + chain.own });
+      chain.missing -= 1;
+      if (chain.missing === 0) order.push(child);
+    }
+  }
   const path = new Map();
-  for (let call = latest([...by.keys()]); call !== null && !path.has(call); call = path.get(call)) {
-    path.set(call, latest(parents.get(call) ?? []));
-  }
+  for (let call = last; call !== null; call = chains.get(call).before) path.set(call, chains.get(call).before);
   return path;
 }
 
@@ -77,18 +92,12 @@ export function readRun(json, now = null) {
     errors: nodes.filter((node) => node.kind === "error").length,
     waited: sum((node) => (node.started_at != null && node.queued_at != null ? node.started_at - node.queued_at : 0)),
     outputTokens: sum((node) => node.output_tokens),
-    critical: criticalPath(nodes, edges),
+    critical: criticalPath(nodes, edges, end),
   };
 }
 
-/** Busy seconds along the critical path: time on workers, waits left out. */
-export function criticalSeconds(run) {
-  let seconds = 0;
-  for (const node of run.nodes) {
-    if (run.critical.has(node.call) && node.started_at != null) seconds += (node.finished_at ?? run.end) - node.started_at;
-  }
-  return seconds;
-}
+/** Seconds of the calls on the critical path. */
+export const criticalSeconds = (run) => run.nodes.reduce((sum, node) => sum + (run.critical.has(node.call) ? spent(node, run.end) : 0), 0);
 
 /** The live clock of a run: the newest time seen, moved on by the local time since it was first seen. */
 export function runClock() {

@@ -2,7 +2,7 @@
 
 import { api, Unauthorized } from "./api.js";
 import { dagView } from "./dag.js";
-import { format, h, keyed, legend, pill, set, tile } from "./dom.js";
+import { counted, format, h, keyed, legend, pill, set, tile } from "./dom.js";
 import { ganttView } from "./gantt.js";
 import { FATES } from "./model.js";
 
@@ -72,7 +72,7 @@ function updateJob({ parts, link }, job, wanted) {
   set(parts.name, { text: job.workflow });
   set(parts.state, { class: `pill ${JOB_PILLS[job.status] ?? ""}`, text: job.status });
   set(parts.id, { text: job.id });
-  set(parts.calls, { text: `${format.int(job.operators.planned)} of ${format.int(job.operators.submitted)} operators · ${format.int(job.inputs.total)} inputs` });
+  set(parts.calls, { text: `${format.int(job.operators.planned)} of ${counted(job.operators.submitted, "operator")} · ${counted(job.inputs.total, "input")}` });
 }
 
 function planPane() {
@@ -82,7 +82,8 @@ function planPane() {
   const rewrites = h("ul", { class: "list" });
   const tree = h("ul", { class: "tree" });
   const raw = h("pre", { class: "mono scroll body", tabindex: 0 });
-  const element = h("div", { class: "detail", hidden: true },
+  const warnings = h("p", { class: "notice", role: "status" });
+  const element = h("div", { class: "detail", hidden: true }, warnings,
     h("dl", { class: "tiles" }, Object.values(tiles)),
     h("section", { class: "card", "aria-label": "Operators" }, h("header", {}, h("h2", { text: "Operators" }), legend([...FATES, ["queued", "planned"]]), h("span", { class: "grow" }), dag.tools), dag.element),
     h("section", { class: "card", "aria-label": "Order and placement" }, h("header", {}, h("h2", { text: "Order and placement" }), h("span", { class: "muted", text: "as it was once run, else as predicted" })), gantt.element),
@@ -92,6 +93,7 @@ function planPane() {
 
   function draw(plan) {
     set(element, { hidden: false });
+    set(warnings, { hidden: !plan.warnings.length, text: `Warning: ${plan.warnings.join("; ")}` });
     const { predicted, actual } = plan;
     const dropped = plan.rewrites.reduce((sum, rewrite) => sum + rewrite.dropped + rewrite.fetched, 0);
     tiles.operators.value.replaceChildren(format.int(plan.operators_planned), h("small", { text: ` of ${format.int(plan.operators_submitted)}` }));

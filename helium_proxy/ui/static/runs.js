@@ -1,7 +1,7 @@
 // Runs: the newest on the left, one in full on the right.
 
 import { api } from "./api.js";
-import { format, h, keyed, legend, newStack, pill, set, stack, tile } from "./dom.js";
+import { counted, format, h, keyed, legend, newStack, pill, set, stack, tile } from "./dom.js";
 import { dagView } from "./dag.js";
 import { ganttView } from "./gantt.js";
 import { criticalSeconds, FATES, KINDS, readRun, runClock } from "./model.js";
@@ -61,8 +61,8 @@ function updateItem(item, run, shown) {
   set(link, { "aria-current": run.run === shown ? "true" : null });
   set(parts.name, { text: run.workflow || "unnamed" });
   set(parts.state, { class: `pill ${run.state}`, text: run.state });
-  set(parts.sub, { text: run.run, class: "mono" });
-  set(parts.calls, { text: `${run.calls} calls` });
+  set(parts.sub, { text: run.run, title: run.run, class: "mono" });
+  set(parts.calls, { text: counted(run.calls, "call") });
   stack(parts.bar, [["computed", fates.computed, "computed"], ["coalesced", fates.coalesced, "coalesced"], ["hit", fates.hit, "prompt cache"],
     ["error", fates.error, "error"], ["queued", Math.max(0, run.calls - ended), "to do"]]);
 }

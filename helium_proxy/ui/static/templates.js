@@ -2,7 +2,7 @@
 
 import { api } from "./api.js";
 import { dagView } from "./dag.js";
-import { format, h, keyed, set } from "./dom.js";
+import { counted, format, h, keyed, set } from "./dom.js";
 
 const LIVE_RUNS = 3;
 
@@ -31,7 +31,7 @@ export function templatesView() {
     keyed(list, templates, (template) => template.key, makeItem, (item, template) => {
       set(item.firstChild, { "aria-current": template === shown ? "true" : null });
       set(item.parts.name, { text: template.name });
-      set(item.parts.sub, { text: `${format.int(template.runs)} runs · ${template.nodes.length} nodes` });
+      set(item.parts.sub, { text: `${counted(template.runs, "run")} · ${counted(template.nodes.length, "node")}` });
     });
     set(nothing, { hidden: Boolean(shown) });
     set(detail, { hidden: !shown });
@@ -40,7 +40,7 @@ export function templatesView() {
 
   function draw(template, next) {
     set(title, { text: template.name });
-    set(runs, { text: `learnt from ${format.int(template.runs)} runs` });
+    set(runs, { text: `learnt from ${counted(template.runs, "run")}` });
     dag.update({
       nodes: template.nodes.map((node) => ({ id: node.id, name: node.id, kind: node.calls < 0.5 ? "expected" : "computed", critical: false, title: node.id,
         fill: node.prompt ? Math.min(1, node.staticTokens / node.prompt) : null,
