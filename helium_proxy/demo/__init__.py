@@ -70,7 +70,8 @@ async def run(workers: list[str], *, once: bool, port: int, batch: int, model: s
         with _engines(workers, console) as urls:
             async with httpx.AsyncClient(timeout=30, trust_env=bool(workers)) as http:
                 engines = Engines(urls, http, api_key)
-                served = await engines.models()
+                with console.status(f"waiting for {', '.join(urls)}"):
+                    served = await engines.models()
                 if model is not None and model not in served:
                     raise DemoFailed(f"model {model!r} is not served; there are: {', '.join(served)}")
                 model = model or served[0]

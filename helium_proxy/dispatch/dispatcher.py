@@ -167,7 +167,7 @@ class Dispatcher:
                     future = self._waiting.get(call.id)
                     self.state.withdraw(call)
                     if future is not None and not future.done():
-                        future.set_exception(NoWorker(f"no worker of model `{model}` is up", retry_after=5))
+                        future.set_exception(self._none_up(model))
         for model in [m for m in self._stranded if m not in self.state.queues]:
             del self._stranded[model]
 
@@ -185,8 +185,14 @@ class Dispatcher:
             if remaining <= 0 or not workers:
                 if any(w.state == "up" for w in workers) and not any(w.serves(model) for w in workers):
                     raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
-                raise NoWorker(f"no worker of model `{model}` is up", retry_after=5)
+                raise self._none_up(model)
             await self._change(remaining)
+
+    def _none_up(self, model: str) -> NoWorker:
+        """Why nobody answers, of a worker that would."""
+        troubled = [w for w in self._pool.all() if w.last_error and (not w.facts.models or w.serves(model))]
+        reason = f" ({troubled[0].id}: {troubled[0].last_error})" if troubled else ""
+        return NoWorker(f"no worker of model `{model}` is up{reason}", retry_after=5)
 
     async def _wait_for_worker(self, worker: str) -> None:
         """Returns once `worker` is open, or has been removed for good. Raises NoWorker when it does not come up in

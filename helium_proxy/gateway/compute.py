@@ -111,7 +111,7 @@ class Computer:
             call = _again(call, worker.id)
             if not free:
                 pause = settings.retry_backoff_s * 2 ** (ticket.attempts - 1)
-                await asyncio.sleep(random.uniform(0, pause))
+                await asyncio.sleep(random.uniform(pause / 2, pause))
 
     async def _estimate(self, ticket: Ticket) -> QueuedCall:
         request, estimator = ticket.request, self._services.estimator

@@ -196,8 +196,9 @@ async def test_calls_whose_last_worker_goes_down_do_not_wait_for_ever() -> None:
     dispatcher.tick(now)
     dispatcher.tick(now + 4.9)
     assert not waiting.done()
+    pool["w0:1"].last_error = "refused"
     dispatcher.tick(now + 5.1)
-    with pytest.raises(NoWorker):
+    with pytest.raises(NoWorker, match=r"of model `demo` is up \(w0:1: refused\)"):
         await waiting
     dispatcher.release(running, ok=False)
     assert idle(dispatcher)

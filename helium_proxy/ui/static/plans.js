@@ -121,7 +121,7 @@ function describe(rewrite) {
   return nodes ? `${done} (${nodes})` : done;
 }
 
-const kindOf = (operator) => operator.actual?.fate ?? (operator.cache_fetch ? "hit" : operator.actual?.started_s != null && operator.actual.finished_s == null ? "running" : "queued");
+const kindOf = (operator) => operator.actual?.status === "failed" ? "error" : operator.actual?.fate ?? (operator.cache_fetch ? "hit" : operator.actual?.started_s != null && operator.actual.finished_s == null ? "running" : "queued");
 
 function graphOf(plan) {
   const nodes = plan.operators.map((operator) => ({ id: operator.operator, name: operator.operator, kind: kindOf(operator), fill: operator.prompt_tokens ? 1 - operator.predicted_computed_tokens / operator.prompt_tokens : null,
