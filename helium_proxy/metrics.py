@@ -88,7 +88,11 @@ def _histogram(name: str, doc: str, buckets: Sequence[float], labels: Sequence[s
 
 
 # -- what was asked, and what became of it
-HTTP_REQUESTS = _counter("helium_http_requests_total", "HTTP requests by route and status.", ["route", "status"])
+HTTP_REQUESTS = _counter(
+    "helium_http_requests_total",
+    "HTTP requests by route (`operator`: those of operators and the page) and status; no probes, no scrapes.",
+    ["route", "status"],
+)
 CALLS = _counter(
     "helium_calls_total",
     "LLM calls by fate: computed, hit, coalesced, error.",

@@ -89,7 +89,8 @@ class App(FastAPI):
             await super().__call__(scope, receive, noting)
         finally:
             if scope["path"] not in _PROBED:
-                metrics.HTTP_REQUESTS.labels("other", status).inc()
+                route = "operator" if scope["path"].startswith("/helium") else "other"
+                metrics.HTTP_REQUESTS.labels(route, status).inc()
 
 
 def build_services(settings: Settings) -> Services:

@@ -113,7 +113,7 @@ async def test_a_bug_in_an_operators_route_is_an_error_in_the_usual_form(
 ) -> None:
     proxy = await stack.proxy(await stack.fake())
     monkeypatch.setattr(proxy.services.workflows, "runs", broken)
-    counted = metrics.HTTP_REQUESTS.labels("other", 500)._value.get()
+    counted = metrics.HTTP_REQUESTS.labels("operator", 500)._value.get()
     response = await proxy.client.get("/helium/runs")
     assert response.status_code == 500
     assert response.json()["error"] == {
@@ -122,4 +122,4 @@ async def test_a_bug_in_an_operators_route_is_an_error_in_the_usual_form(
         "param": None,
         "code": "internal_error",
     }
-    assert metrics.HTTP_REQUESTS.labels("other", 500)._value.get() == counted + 1
+    assert metrics.HTTP_REQUESTS.labels("operator", 500)._value.get() == counted + 1

@@ -47,7 +47,7 @@ async def test_every_request_is_counted_once(stack: Stack) -> None:
         ("GET", "/v1/models", None, ("other", "200")),
         ("GET", "/v1/models/none", None, ("other", "404")),
         ("POST", "/v1/workflows", {}, ("other", "400")),
-        ("GET", "/helium/workers", None, ("other", "200")),
+        ("GET", "/helium/workers", None, ("operator", "200")),
     ):
         before = counted()
         await proxy.client.request(method, path, json=body)
