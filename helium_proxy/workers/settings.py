@@ -66,9 +66,7 @@ class WorkersSettings(BaseModel):
     retry_budget: float = Field(
         0.2, ge=0, description="Retries of 5xx answers, as a share of recent calls (lost connections are free)."
     )
-    retry_backoff_s: float = Field(
-        0.05, ge=0, description="Before a retry; doubled each time, up to half less."
-    )
+    retry_backoff_s: float = Field(0.05, ge=0, description="Before a retry; doubled each time, up to half less.")
     breaker_failures: int = Field(5, ge=1, description="Failed sends within the window that may open the breaker.")
     breaker_window_s: float = Field(10.0, gt=0, description="The breaker's window.")
     breaker_cooldown_s: float = Field(1.0, gt=0, description="Before an open breaker lets a call through again.")
