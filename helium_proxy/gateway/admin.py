@@ -86,7 +86,8 @@ def admin_routes(services: Services) -> APIRouter:
         """Drains and removes a worker, by id or URL."""
         name = worker_id(worker) if "://" in worker else worker
         await services.pool.remove(name, drain_s=drain_s)
-        return {"id": name, "state": "removed"}
+        kept = services.pool.get(name)  # added again meanwhile
+        return {"id": name, "state": kept.state if kept is not None else "removed"}
 
     @router.get("/cache", dependencies=[Depends(operator)])
     async def cache() -> dict[str, Any]:

@@ -234,6 +234,7 @@ async def _tick(services: Services) -> None:
                 services.tracer.end_run(run_name(end.tenant, end.run))
             services.dispatcher.tick(services.clock())
             services.events.tick()
+            metrics.sweep()
             _gauges(services)
         except Exception:
             log.exception("housekeeping failed")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from helium_proxy.config import ApiKey, AuthSettings
+from helium_proxy.config import ApiKey, AuthSettings, yaml_problem
 from helium_proxy.errors import ConfigError, Unauthorized
 
 
@@ -71,8 +71,10 @@ def _from_file(settings: AuthSettings) -> list[ApiKey]:
     try:
         content = yaml.safe_load(settings.keys_file.read_text("utf-8"))
         return TypeAdapter(list[ApiKey]).validate_python(content or [])
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"auth.keys_file: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"auth.keys_file: {error.strerror or 'cannot be read'}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"auth.keys_file: not YAML: {yaml_problem(error)}") from None
     except ValidationError as error:
         # The message of pydantic would quote the keys.
         raise ConfigError(f"auth.keys_file: {error.error_count()} entries are not of the form key, tenant") from None

@@ -28,7 +28,8 @@ from helium_proxy.workers.worker import Worker
 
 log = structlog.get_logger(__name__)
 
-_RETRIED = frozenset({500, 502, 503, 504})
+_RETRIED = frozenset({404, 500, 502, 503, 504})
+"""Another worker may answer: 404 is said of a model by one that has restarted with another."""
 _BUDGET_CALLS = 200
 """The retry budget is a share of the last so many calls, and never below `_BUDGET_FLOOR`."""
 _BUDGET_FLOOR = 10
@@ -98,6 +99,8 @@ class Computer:
                 reason = str(error.kind)
                 free = error.kind != "timeout" and self._elsewhere(call, worker)
             else:
+                if answer.status == 404:
+                    services.pool.doubt(worker)  # it may have restarted, with another model
                 if answer.status not in _RETRIED or not self._may_retry(ticket, call, worker):
                     return answer
                 reason, free = f"status {answer.status}", False

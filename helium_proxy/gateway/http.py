@@ -15,7 +15,7 @@ import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from helium_proxy import metrics
-from helium_proxy.errors import BodyTooLarge, ClientGone, HeliumError
+from helium_proxy.errors import BodyTooLarge, ClientGone, DeadlineExceeded, HeliumError
 from helium_proxy.reuse import OwnStream, Push
 
 RawHeaders = list[tuple[bytes, bytes]]
@@ -192,15 +192,20 @@ class Watch:
             self._task.cancel()
 
 
-async def while_connected(scope: Scope, receive: Receive, work: Callable[[], Awaitable[object]]) -> None:
-    """Runs `work` and cancels it as soon as the client goes away. Raises ClientGone in that case."""
-    watch = Watch(scope, receive)
+async def while_connected(
+    scope: Scope, receive: Receive, work: Callable[[], Awaitable[object]], timeout_s: float | None = None
+) -> None:
+    """Runs `work` and cancels it as soon as the client goes away, or the time is up. Raises ClientGone and
+    DeadlineExceeded."""
+    watch = Watch(scope, receive, timeout_s)
     try:
         await work()
     except asyncio.CancelledError:
-        if watch.cancelled():
+        if not watch.cancelled():
+            raise
+        if watch.ended_by == "client":
             raise client_gone() from None
-        raise
+        raise DeadlineExceeded(f"no complete answer within {timeout_s:g} s") from None
     finally:
         watch.stop()
 

@@ -20,6 +20,7 @@ from helium_proxy.errors import (
     Draining,
     HeliumError,
     InvalidRequest,
+    ModelNotFound,
     NotFound,
     UpstreamFailed,
 )
@@ -37,7 +38,7 @@ from helium_proxy.gateway.http import (
     send_stream,
     send_whole,
 )
-from helium_proxy.gateway.passing import Passing, parse, path_of, sent_headers
+from helium_proxy.gateway.passing import Passing, as_utf8, parse, path_of, sent_headers
 from helium_proxy.gateway.replies import Reply
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.sse import stream_error
@@ -117,10 +118,14 @@ class LlmRoutes:
     ) -> None:
         services = self._services
         arrived = services.clock()
-        raw = await read_body(headers, receive, services.settings.server.max_body_bytes)
+        raw = as_utf8(await read_body(headers, receive, services.settings.server.max_body_bytes))
         body = parse(raw)
         model = self._passing.model(body)
         if body is None or model is None:
+            named = body.get("model") if body is not None else None
+            if isinstance(named, str) and not services.keyring.open:
+                # A worker that has it all the same would answer past what keeps tenants apart.
+                raise ModelNotFound(f"The model `{named}` does not exist.", param="model")
             await self._passing.unread(scope, receive, send, headers, raw)
             return
         ticket = self.ticket(scope["path"], path_of(scope), raw, body, model, headers, principal, arrived)
@@ -222,6 +227,8 @@ class LlmRoutes:
         reuse, request = self._services.settings.reuse, ticket.request
         if not (reuse.enabled or reuse.coalesce) or not ticket.plain or not ticket.tells_usage:
             return None
+        if request.body.get("model") == "":
+            return None  # engines differ in what they make of that
         try:
             if cacheable(request.body, request.route):
                 return cache_key(request.tenant, request.model, ticket.path, request.body)

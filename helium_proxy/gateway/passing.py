@@ -7,13 +7,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from json import detect_encoding
 from json import loads as slow_loads
 from typing import Any
 
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from helium_proxy.errors import NotFound, NoWorker
+from helium_proxy.errors import InvalidRequest, NotFound, NoWorker
 from helium_proxy.gateway.http import relayed, send_stream, send_whole, while_connected
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.sse import with_end_told
@@ -51,6 +52,7 @@ class Passing:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._timeout_s = services.settings.server.request_timeout_s
 
     async def direct(
         self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes, tenant: str
@@ -69,13 +71,13 @@ class Passing:
         model = form[1].decode("utf-8", "replace") if form else self.model(parse(body))
         raw = Raw(scope["method"], path_of(scope), headers, body)
         workers = self._able(model)[: self._services.settings.pool.max_attempts]
-        await while_connected(scope, receive, lambda: self._try(raw, workers, send))
+        await while_connected(scope, receive, lambda: self._try(raw, workers, send), self._timeout_s)
 
     async def unread(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes) -> None:
-        """A model call that cannot be read."""
+        """A model call that cannot be read, which is to say that the engine will refuse it."""
         raw = Raw(scope["method"], path_of(scope), headers, body)
         worker = self._able(None)[:1]
-        await while_connected(scope, receive, lambda: self._try(raw, worker, send))
+        await while_connected(scope, receive, lambda: self._try(raw, worker, send), self._timeout_s)
 
     async def _stored(
         self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes, given: str
@@ -87,7 +89,10 @@ class Passing:
         workers = self._holders(known)
         rename = (known.encode(), given.encode()) if known != given else None
         await while_connected(
-            scope, receive, lambda: self._try(raw, workers, send, elsewhere_on_404=True, rename=rename)
+            scope,
+            receive,
+            lambda: self._try(raw, workers, send, elsewhere_on_404=True, rename=rename),
+            self._timeout_s,
         )
 
     def _holders(self, response: str) -> list[Worker]:
@@ -140,15 +145,20 @@ class Passing:
         await send_whole(send, upstream.status, own, answer.replace(*rename) if rename else answer)
 
     def model(self, body: dict[str, Any] | None) -> str | None:
-        """The model a body asks for, if some worker has it; the only one served, if it names none."""
+        """The model a body asks for, if some worker has it; where it names none, the one that the least loaded worker
+        would take, as engines do."""
         services = self._services
-        model = body.get("model") if body is not None else None
+        if body is None:
+            return None
+        model = body.get("model")
         if isinstance(model, str) and model:
             if services.dispatcher.state.serving(model) or not services.pool.models():
                 return model
             return None
-        models = services.pool.models()
-        return next(iter(models)) if len(models) == 1 and model is None else None
+        if model is not None and model != "":
+            return None
+        up = [w for w in services.pool if w.state == "up" and w.facts.models]
+        return min(up, key=lambda w: w.inflight).facts.models[0].id if up else None
 
     def _able(self, model: str | None) -> list[Worker]:
         """Workers that are up, of `model` if any has it, the least loaded first. Raises NoWorker."""
@@ -165,15 +175,30 @@ def sent_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def parse(raw: bytes) -> dict[str, Any] | None:
-    """The JSON object in `raw`, or None."""
+    """The JSON object in `raw`, or None. Raises InvalidRequest where engines may read what is not read here."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError:
         try:
-            body = slow_loads(raw.decode())  # integers of more than 64 bits, NaN, a lone surrogate
-        except (ValueError, RecursionError):
+            body = slow_loads(raw)  # integers of more than 64 bits, NaN, a lone surrogate
+        except ValueError:
             return None
+        except RecursionError:
+            raise InvalidRequest("the body is nested too deeply") from None
     return body if isinstance(body, dict) else None
+
+
+def as_utf8(raw: bytes) -> bytes:
+    """JSON in another of Unicode's encodings, or with a byte order mark, as engines read it too, without either."""
+    if raw[:1] == b"{" and raw[1:2] != b"\0":
+        return raw
+    encoding = detect_encoding(raw)
+    if encoding == "utf-8":
+        return raw
+    try:
+        return raw.decode(encoding, "surrogatepass").encode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return raw
 
 
 def path_of(scope: Scope) -> str:

@@ -127,10 +127,15 @@ async def _reload(services: Services, reload: Callable[[], Settings]) -> None:
     """Workers and keys of the new settings; everything else needs a restart. Bad settings change nothing."""
     try:
         settings = reload()
-        services.keyring = Keyring(settings.auth)
-    except ConfigError as error:
-        log.error("reload refused", error=str(error))
+        keyring = Keyring(settings.auth)
+        services.pool.check(settings.workers)
+    except InvalidRequest as error:
+        log.error("reload refused", error=error.message)
         return
+    except Exception as error:  # its words may be the settings', with keys among them
+        log.error("reload failed", error=type(error).__name__)
+        return
+    services.keyring = keyring
     if settings.workers:
         await services.pool.sync(settings.workers)
     log.info("reloaded", workers=len(services.pool))

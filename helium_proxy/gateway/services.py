@@ -79,8 +79,8 @@ class Services:
     """The drain's own deadline has passed."""
     owners: dict[str, str] = field(default_factory=dict)
     """Stored response id → the worker that has it; bounded by `note_owner`."""
-    tenants: dict[str, str] = field(default_factory=dict)
-    """Response id → whose it is; bounded likewise."""
+    tenants: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Tenant → ids of its responses; each bounded likewise, so that none can have another's forgotten."""
     ids: dict[str, str] = field(default_factory=dict)
     """Request ids that clients chose, the newest; bounded likewise."""
     aliases: dict[str, str] = field(default_factory=dict)
@@ -104,11 +104,11 @@ class Services:
         _remember(self.owners, response, worker)
 
     def note_tenant(self, response: str, tenant: str) -> None:
-        _remember(self.tenants, response, tenant)
+        _remember(self.tenants.setdefault(tenant, {}), response, "")
 
     def may_see(self, response: str, tenant: str) -> bool:
         """Whether a stored response is the tenant's (or was made before this process, and nobody knows)."""
-        return self.tenants.get(response, tenant) == tenant
+        return response in self.tenants.get(tenant, ()) or not any(response in ids for ids in self.tenants.values())
 
     def note_alias(self, given: str, stored: str) -> None:
         if given != stored:

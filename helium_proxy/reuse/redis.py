@@ -120,6 +120,7 @@ def _connect(url: str, timeout_s: float) -> Any:
             max_connections=_CONNECTIONS,
             timeout=timeout_s,
             socket_connect_timeout=timeout_s,
+            socket_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),
         )
     except ValueError as error:

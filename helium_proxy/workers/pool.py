@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import orjson
@@ -78,8 +78,15 @@ class Pool:
             if known.state == "draining":
                 self._set_state(known, "starting")
             return known
-        if len(self._workers) >= self._settings.max_workers:
+        self.check([*(w.spec for w in self._workers.values()), spec])
+        return self._enter(spec)
+
+    def check(self, specs: Sequence[WorkerSpec]) -> None:
+        """Raises InvalidRequest where these would be too many."""
+        if len({worker_id(spec.url) for spec in specs}) > self._settings.max_workers:
             raise InvalidRequest(f"no more than {self._settings.max_workers} workers", param="url")
+
+    def _enter(self, spec: WorkerSpec) -> Worker:
         worker = Worker(spec, self._settings)
         self._workers[worker.id] = worker
         self._prodded[worker.id] = asyncio.Event()
@@ -109,11 +116,15 @@ class Pool:
         log.info("worker removed", worker=worker)
 
     async def sync(self, specs: Iterable[WorkerSpec]) -> None:
-        """Makes the set equal to `specs`: adds what is missing, drains and removes the rest."""
+        """Makes the set equal to `specs`, which are not too many (`check`): adds what is missing, drains and removes
+        the rest."""
         wanted = {worker_id(s.url): s for s in specs}
         gone = [w for w in self._workers if w not in wanted]
-        for spec in wanted.values():
-            self.add(spec)
+        for name, spec in wanted.items():
+            if name in self._workers:
+                self.add(spec)
+            else:
+                self._enter(spec)  # however many of the others still drain
         await asyncio.gather(*(self.remove(w) for w in gone), return_exceptions=True)
 
     def note(self, worker: Worker, failure: SendFailed | None) -> None:
@@ -126,9 +137,13 @@ class Pool:
         if worker.breaker.state(now) != was:
             self._on_change(worker)
         if failure is not None and failure.kind in ("refused", "lost"):
-            event = self._prodded.get(worker.id)
-            if event is not None:
-                event.set()
+            self.doubt(worker)
+
+    def doubt(self, worker: Worker) -> None:
+        """Has `worker` checked at once, its models too."""
+        event = self._prodded.get(worker.id)
+        if event is not None:
+            event.set()
 
     async def close(self) -> None:
         for task in self._tasks.values():
@@ -151,8 +166,8 @@ class Pool:
                     models_due = await self._check(worker, models_due, urgent=urgent)
                     doubtful = worker.failed_checks > 0
                     health_due = self._clock() + (settings.retry_down_s if doubtful else settings.health_interval_s)
-                if worker.state in ("up", "draining"):
-                    await self._learn_metrics(worker)
+                if worker.state in ("up", "draining") and not await self._learn_metrics(worker):
+                    models_due = health_due = 0.0
                 if worker.breaker.state(self._clock()) == "half-open":
                     self._on_change(worker)  # time alone made it available: calls may be waiting for that
             except asyncio.CancelledError:
@@ -178,7 +193,7 @@ class Pool:
             if status != 200:
                 raise SendFailed("lost", f"/health answered {status}")
             now = self._clock()
-            if now >= models_due or worker.state != "up":
+            if now >= models_due or urgent or worker.state != "up":
                 status, body = await self._get(worker, "/v1/models")
                 if status != 200:
                     raise SendFailed("lost", f"/v1/models answered {status}")
@@ -206,14 +221,15 @@ class Pool:
             self._set_state(worker, "up")
         return models_due
 
-    async def _learn_metrics(self, worker: Worker) -> None:
+    async def _learn_metrics(self, worker: Worker) -> bool:
+        """False when the worker has restarted, or cannot be reached, as while it does: all is to be asked anew."""
         ours, sent = worker.inflight + worker.ahead, worker.sent
         try:
             status, text = await self._get(worker, "/metrics")
-        except SendFailed:
-            return
+        except SendFailed as error:
+            return error.kind not in ("refused", "lost")
         if status != 200:
-            return
+            return True
         before = worker.facts
         worker.facts = after = read_metrics(before, text, worker.spec)
         # Calls that wait while none runs are merely on their way in.
@@ -222,6 +238,7 @@ class Pool:
         worker.epoch += restarted
         if restarted or _differs(before, after):
             self._on_change(worker)
+        return not restarted
 
     async def _get(self, worker: Worker, path: str) -> tuple[int, bytes]:
         answer = await self._client.send(

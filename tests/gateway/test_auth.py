@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import ValidationError
 from serving import CHAT, Proxy, Stack, chat
@@ -232,3 +234,47 @@ async def test_what_is_expected_of_a_run_is_its_tenant_s_own(stack: Stack) -> No
         response = await proxy.client.get("/helium/runs/team%2F1", headers=bearer(key))
         found[key] = {call["node"] for call in response.json()["expected"]}
     assert found == {"sk-one": set(), "sk-two": {"their-next"}}
+
+
+RESPONSES = "/v1/responses"
+
+
+async def test_no_form_of_a_call_reaches_another_tenants_response(stack: Stack) -> None:
+    engines = [await stack.engine(model="one"), await stack.engine(model="two")]
+    proxy = await stack.proxy(*engines, auth={"keys": KEYS, "salt_tenants": True})
+
+    async def post(key: str, body: bytes) -> httpx.Response:
+        return await proxy.client.post(
+            RESPONSES, content=body, headers={**bearer(key), "content-type": "application/json"}
+        )
+
+    made = await post("sk-one", json.dumps({"model": "one", "input": "mine"}).encode())
+    stored = made.json()["id"]
+    call = {"model": "one", "input": "go on", "previous_response_id": stored}
+    unnamed = {k: v for k, v in call.items() if k != "model"}
+    forms = [json.dumps(body).encode() for body in (call, unnamed, {**call, "model": None}, {**call, "model": ""})]
+    forms += [json.dumps(call).encode(encoding) for encoding in ("utf-8-sig", "utf-16", "utf-16-le", "utf-32-be")]
+    for form in forms:
+        assert (await post("sk-two", form)).status_code == 404
+        assert (await post("sk-one", form)).status_code in (200, 404), "an empty model is the engine's to refuse"
+    refused = await post("sk-two", json.dumps({**call, "model": "none"}).encode())
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+    assert (await post("sk-two", b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")).status_code == 400
+    unnamed_too = await post("sk-one", b'{"input": "mine, too"}')
+    assert unnamed_too.status_code == 200
+    path = f"{RESPONSES}/{unnamed_too.json()['id']}"
+    assert (await proxy.client.get(path, headers=bearer("sk-one"))).status_code == 200
+    assert (await proxy.client.get(path, headers=bearer("sk-two"))).status_code == 404
+
+
+async def test_no_tenant_has_anothers_responses_forgotten(stack: Stack) -> None:
+    proxy = await stack.proxy(await stack.fake(), auth={"keys": KEYS})
+    services = proxy.services
+    services.note_tenant("resp_of_one", "one")
+    for i in range(100_001):
+        services.note_tenant(f"resp_{i}", "two")
+    assert services.may_see("resp_of_one", "one")
+    assert not services.may_see("resp_of_one", "two")
+    assert not services.may_see("resp_5", "one")
+    assert services.may_see("resp_0", "one"), "forgotten, within the bound of each tenant"
+    assert len(services.tenants["two"]) == 100_000

@@ -179,3 +179,15 @@ async def test_untagged_calls_of_one_tenant_share_a_turn(stack: Stack) -> None:
     for fields in ({}, {"helium": {"workflow": "named"}}, {"helium": {"run": "r"}}):
         assert (await proxy.chat("hello", **fields)).status_code == 200
     assert seen == [("default", "~"), ("default", "default/named"), ("default", "~")]
+
+
+async def test_calls_that_name_no_model_of_several_are_bounded_too(stack: Stack) -> None:
+    workers = [await stack.fake("one", always=hang), await stack.fake("two", always=hang)]
+    proxy = await stack.proxy(
+        *workers, server={"request_timeout_s": 0.5}, dispatch={"max_queue": 1, "default_running": 1}
+    )
+    body = {"messages": [{"role": "user", "content": "x"}]}
+    answers = await asyncio.gather(*(error_of(proxy, json=body) for _ in range(12)))
+    assert set(answers) == {(429, "queue_full"), (504, "deadline_exceeded")}
+    assert await error_of(proxy, json={**body, "model": "three"}) == (504, "deadline_exceeded")
+    assert await error_of(proxy, "/v1/any/other", json=body) == (504, "deadline_exceeded")

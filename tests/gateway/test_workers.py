@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from serving import CHAT, Seen, Stack, chat, until
+import pytest
+from serving import CHAT, Seen, Stack, answer, chat, until
 
 from helium_proxy import metrics
 
@@ -179,3 +180,38 @@ async def test_a_worker_that_never_came_up_is_seen_to_be_down(stack: Stack) -> N
     await until(lambda: shown(name) == {"two": 1.0})
     await proxy.client.delete(f"/helium/workers/{name}")
     assert shown(name) == {}
+
+
+@pytest.mark.parametrize("mode", ["full", "passthrough"])
+async def test_a_worker_that_restarts_with_another_model_fails_no_call_that_others_can_answer(
+    stack: Stack, mode: str
+) -> None:
+    async def of_its_model(seen: Seen) -> None:
+        if seen.body["model"] in seen.worker.models:
+            await answer(seen)
+        else:
+            error = {"message": "no such model", "type": "NotFoundError", "param": "model", "code": 404}
+            await seen.json({"error": error}, 404)
+
+    turncoat, worker = await stack.fake("alpha", always=of_its_model), await stack.fake("alpha", always=of_its_model)
+    proxy = await stack.proxy(turncoat, worker, mode=mode)
+    turncoat.models = ("beta",)
+    answers = await asyncio.gather(*(proxy.client.post(CHAT, json={**chat(), "model": "alpha"}) for _ in range(8)))
+    assert [a.status_code for a in answers] == [200] * 8
+    await until(lambda: proxy.services.pool.models() == {"alpha", "beta"})
+
+
+async def test_a_removal_that_another_has_taken_back_says_so(stack: Stack) -> None:
+    async def hang(seen: Seen) -> None:
+        await seen.gone()
+
+    worker = await stack.fake(always=hang)
+    proxy = await stack.proxy(worker)
+    (watched,) = proxy.services.pool.all()
+    call = asyncio.create_task(proxy.chat())
+    await until(lambda: worker.seen)
+    removal = asyncio.create_task(proxy.client.delete(f"/helium/workers/{watched.id}?drain_s=30"))
+    await until(lambda: watched.state == "draining")
+    await proxy.client.post("/helium/workers", json={"url": worker.url})
+    call.cancel()
+    assert (await removal).json()["state"] in ("starting", "up")
