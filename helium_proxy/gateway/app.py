@@ -234,8 +234,8 @@ async def _tick(services: Services) -> None:
                 services.tracer.end_run(run_name(end.tenant, end.run))
             services.dispatcher.tick(services.clock())
             services.events.tick()
-            metrics.sweep()
             _gauges(services)
+            metrics.sweep()
         except Exception:
             log.exception("housekeeping failed")
 

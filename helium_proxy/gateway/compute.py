@@ -28,8 +28,7 @@ from helium_proxy.workers.worker import Worker
 
 log = structlog.get_logger(__name__)
 
-_RETRIED = frozenset({404, 500, 502, 503, 504})
-"""Another worker may answer: 404 is said of a model by one that has restarted with another."""
+_RETRIED = frozenset({500, 502, 503, 504})
 _BUDGET_CALLS = 200
 """The retry budget is a share of the last so many calls, and never below `_BUDGET_FLOOR`."""
 _BUDGET_FLOOR = 10
@@ -99,9 +98,10 @@ class Computer:
                 reason = str(error.kind)
                 free = error.kind != "timeout" and self._elsewhere(call, worker)
             else:
-                if answer.status == 404:
+                denied = _denies(answer, call.model)
+                if denied:
                     services.pool.doubt(worker)  # it may have restarted, with another model
-                if answer.status not in _RETRIED or not self._may_retry(ticket, call, worker):
+                if not (denied or answer.status in _RETRIED) or not self._may_retry(ticket, call, worker):
                     return answer
                 reason, free = f"status {answer.status}", False
                 if ticket.attempts >= settings.max_attempts or not self._budget.spend():
@@ -337,6 +337,12 @@ class _Exchange:
         metrics.QUEUE_SECONDS.labels(metrics.bounded("model", self._call.model)).observe(
             max(0.0, started - ticket.planned_at)
         )
+
+
+def _denies(answer: Answer, model: str) -> bool:
+    """Whether the worker says that it does not have `model`."""
+    said = answer.content if answer.status == 404 and isinstance(answer.content, bytes) else b""
+    return model.encode(errors="replace") in said
 
 
 def _again(call: QueuedCall, failed: str) -> QueuedCall:
