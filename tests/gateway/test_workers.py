@@ -190,7 +190,12 @@ async def test_a_worker_that_restarts_with_another_model_fails_no_call_that_othe
         if seen.body["model"] in seen.worker.models:
             await answer(seen)
         else:
-            error = {"message": f"The model `{seen.body['model']}` does not exist.", "type": "NotFoundError", "param": "model", "code": 404}
+            error = {
+                "message": f"The model `{seen.body['model']}` does not exist.",
+                "type": "NotFoundError",
+                "param": "model",
+                "code": 404,
+            }
             await seen.json({"error": error}, 404)
 
     turncoat, worker = await stack.fake("alpha", always=of_its_model), await stack.fake("alpha", always=of_its_model)
