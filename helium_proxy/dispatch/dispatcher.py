@@ -76,6 +76,8 @@ class Dispatcher:
             if self._at_once:
                 while (chosen := self._least_loaded(call)) is None:
                     await self.wait_for_model(call.model)
+                    if call.prefer is not None:
+                        await self._wait_for_worker(call.prefer)
                 return self._start(call, chosen)
         finally:
             self._outside -= 1
@@ -282,11 +284,12 @@ class Dispatcher:
 
     def _least_loaded(self, call: QueuedCall) -> WorkerState | None:
         """Of the workers that may have `call`, the one that runs the fewest calls; None while none is available."""
-        workers = [w for w in self.state.serving(call.model) if self._available(w.id)]
+        workers = self.state.serving(call.model)
+        workers = [w for w in workers if w.id == call.prefer] or workers  # no other could answer it
+        workers = [w for w in workers if self._available(w.id)]
         if not workers:
             return None
-        mine = [w for w in workers if w.id == call.prefer] or [w for w in workers if w.id not in call.exclude]
-        allowed = mine or workers
+        allowed = [w for w in workers if w.id not in call.exclude] or workers
         turn = self.state.next_turn() % len(allowed)  # among equals
         return min(allowed[turn:] + allowed[:turn], key=lambda w: (w.allowance == 0, len(w.running)))
 

@@ -225,8 +225,9 @@ async def test_calls_that_wait_for_a_worker_count_in_the_queue() -> None:
     assert idle(dispatcher)
 
 
-async def test_a_call_that_only_one_worker_can_answer_waits_for_it() -> None:
-    dispatcher, pool = make("demo", "demo", no_worker_wait_s=0.05)
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_call_that_only_one_worker_can_answer_waits_for_it(at_once: bool) -> None:
+    dispatcher, pool = make("demo", "demo", no_worker_wait_s=0.05, at_once=at_once)
     owner = pool["w0:1"]
     owner.state = "down"
     dispatcher.worker_changed(owner)
@@ -311,4 +312,31 @@ async def test_at_once_a_call_waits_for_a_worker_to_be_available() -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     dispatcher.release(await asyncio.wait_for(waiting, 5), ok=True)
+    assert idle(dispatcher)
+
+
+async def test_at_once_a_worker_that_does_not_have_the_model_is_no_preference() -> None:
+    dispatcher, _ = make("demo", "other", at_once=True)
+    assignment = await dispatcher.acquire(call("a", prefer="w1:1"))
+    assert assignment.worker == "w0:1"
+    dispatcher.release(assignment, ok=True)
+    assert idle(dispatcher)
+
+
+async def test_at_once_a_breaker_that_opens_meanwhile_is_waited_for() -> None:
+    dispatcher, pool = make("demo", "demo", at_once=True, no_worker_wait_s=5)
+    pool["w0:1"].breaker = Breaker(failures=1, cooldown_s=0.05)
+    wait = dispatcher._wait_for_worker
+
+    async def opens(worker: str) -> None:
+        await wait(worker)
+        if not opened:
+            opened.append(worker)
+            pool[worker].breaker.record(False, time.monotonic())
+
+    opened: list[str] = []
+    dispatcher._wait_for_worker = opens  # type: ignore[method-assign]
+    assignment = await asyncio.wait_for(dispatcher.acquire(call("a", prefer="w0:1")), 5)
+    assert (opened, assignment.worker) == (["w0:1"], "w0:1")
+    dispatcher.release(assignment, ok=True)
     assert idle(dispatcher)
