@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from serving import CHAT, Stack, chat
 from structlog.testing import capture_logs
 
 from helium_proxy import logs, metrics
 
 
+@pytest.fixture
+def configured() -> Iterator[None]:
+    """Logs as `serve` sets them up, for as long as the test takes."""
+    root, before = logging.getLogger(), structlog.get_config()
+    handlers, level = root.handlers[:], root.level
+    logs.configure("info", "json")
+    structlog.configure(cache_logger_on_first_use=False)  # what is used now would stay as it is for other tests
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.configure(**before)
+
+
+@pytest.mark.usefixtures("configured")
 async def test_a_line_a_call_with_its_run_and_worker(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
     worker = await stack.fake()
     proxy = await stack.proxy(worker, log={"access": True})
-    logs.configure("info", "json")
-    try:
-        await proxy.chat(temperature=0, helium={"run": "r-1", "workflow": "w", "node": "n"})
-        await proxy.client.post(CHAT, json=chat(temperature=0), headers={"x-request-id": "mine"})
-    finally:
-        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    await proxy.chat(temperature=0, helium={"run": "r-1", "workflow": "w", "node": "n"})
+    await proxy.client.post(CHAT, json=chat(temperature=0), headers={"x-request-id": "mine"})
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
     first, second = (line for line in lines if line["event"] == "call")
     assert (first["run"], first["worker"], first["fate"]) == ("r-1", worker.url.removeprefix("http://"), "computed")
     assert first["status"] == 200
