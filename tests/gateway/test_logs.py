@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,16 +14,10 @@ from helium_proxy import logs, metrics
 
 
 @pytest.fixture
-def configured() -> Iterator[None]:
-    """Logs as `serve` sets them up, for as long as the test takes."""
-    root, before = logging.getLogger(), structlog.get_config()
-    handlers, level = root.handlers[:], root.level
+def configured() -> None:
+    """Logs as `serve` sets them up."""
     logs.configure("info", "json")
     structlog.configure(cache_logger_on_first_use=False)  # what is used now would stay as it is for other tests
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    structlog.configure(**before)
 
 
 @pytest.mark.usefixtures("configured")
