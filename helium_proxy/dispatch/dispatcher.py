@@ -70,14 +70,10 @@ class Dispatcher:
         self.check_room()
         self._outside += 1
         try:
-            await self.wait_for_model(call.model)
-            if call.prefer is not None:
-                await self._wait_for_worker(call.prefer)
+            await self._wait_for_any(call)
             if self._at_once:
                 while (chosen := self._least_loaded(call)) is None:
-                    await self.wait_for_model(call.model)
-                    if call.prefer is not None:
-                        await self._wait_for_worker(call.prefer)
+                    await self._wait_for_any(call)
                 return self._start(call, chosen)
         finally:
             self._outside -= 1
@@ -172,6 +168,12 @@ class Dispatcher:
                         future.set_exception(self._none_up(model))
         for model in [m for m in self._stranded if m not in self.state.queues]:
             del self._stranded[model]
+
+    async def _wait_for_any(self, call: QueuedCall) -> None:
+        """Returns once some worker that may have `call` is open. Raises as the two waits do."""
+        await self.wait_for_model(call.model)
+        if call.prefer is not None:
+            await self._wait_for_worker(call.prefer)
 
     async def wait_for_model(self, model: str) -> None:
         """Returns once some worker of `model` is open. Raises ModelNotFound when workers are up and none has it,

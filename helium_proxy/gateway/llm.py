@@ -74,10 +74,11 @@ class LlmRoutes:
 
     async def planned(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`PLANNED` routes."""
-        await self._guarded(scope, receive, send, self._planned)
+        status = await self._guarded(scope, receive, send, self._planned)
+        metrics.HTTP_REQUESTS.labels(scope["path"], status).inc()
 
     async def direct(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Every other route, with any method."""
+        """Every other route, with any method; counted where the application's own routes are."""
         await self._guarded(scope, receive, send, self._direct)
 
     async def _guarded(
@@ -86,8 +87,9 @@ class LlmRoutes:
         receive: Receive,
         send: Send,
         work: Callable[[Scope, Receive, Sending, dict[str, str], Principal], Awaitable[None]],
-    ) -> None:
-        """Around every request: drain, key, errors in OpenAI's form, the count of requests in flight."""
+    ) -> int:
+        """Around every request: drain, key, errors in OpenAI's form, the count of requests in flight. Returns the
+        status answered."""
         services = self._services
         headers = header_map(scope)
         sending = Sending(send, scope)
@@ -108,8 +110,7 @@ class LlmRoutes:
             await _fail(sending, scope, headers, HeliumError("internal error"))
         finally:
             services.in_flight -= 1
-            if work == self._planned:  # the others are counted where all are (`App`)
-                metrics.HTTP_REQUESTS.labels(scope["path"], sending.status).inc()
+        return sending.status
 
     # -- model calls
 
