@@ -24,10 +24,10 @@ from helium_proxy.engine import EngineConfig, Request, Scheduler
 from helium_proxy.types import Hints
 
 from .abstract import Node, Piece, Prefix, trace
+from .affinity import Affinity
 
 System = Literal["helium", "rr", "affinity"]
-"""`affinity`: longest prefix in an approximate tree per worker unless loads differ too much, as the peers'
-cache-aware policies decide."""
+"""`affinity`: as the peers' cache-aware policies decide."""
 
 _MODEL = "demo"
 _ENDING = -1
@@ -111,7 +111,7 @@ class Fleet:
             known.rates.calibrated(*config.timing.alone())
         self._decide_due = False
         self._turn = 0
-        self._trees: list[set[int]] = [set() for _ in range(workers)]
+        self._affinity = Affinity(workers)
         self._leads: dict[str, tuple[Prefix, tuple[Piece, ...]]] = {}
         self._seen: set[int] = set()
         self._fewest = 0
@@ -295,17 +295,7 @@ class Fleet:
         if self._system == "rr":
             self._turn += 1
             return self._turn % len(self._engines)
-        loads = [len(engine._live) for engine in self._engines]  # what a router counts: its calls in flight
-        low, high = min(loads), max(loads)
-        if high - low > 64 and high > 1.5 * low:
-            index = loads.index(low)
-        else:
-            matches = [_match(chain, tree) for tree in self._trees]
-            best = max(matches)
-            sizes = [len(tree) for tree in self._trees]
-            index = matches.index(best) if chain and best > 0.3 * len(chain) else sizes.index(min(sizes))
-        self._trees[index].update(chain)
-        return index
+        return self._affinity.pick(chain, [len(engine._live) for engine in self._engines])
 
     # -- engines
 
@@ -397,18 +387,6 @@ class Fleet:
 def _name(seq: int, piece: Piece) -> int:
     """The key of what `piece` is in run `seq`."""
     return hash((seq, piece.key)) if piece.own else piece.key
-
-
-def _match(chain: Sequence[int], tree: set[int]) -> int:
-    """Leading blocks of `chain` in the tree: prefixes only, so a bisection."""
-    low, high = 0, len(chain)
-    while low < high:
-        middle = (low + high) // 2
-        if chain[middle] in tree:
-            low = middle + 1
-        else:
-            high = middle
-    return low
 
 
 __all__ = ["Fleet", "FleetResult", "Node", "Piece", "Prefix", "trace"]
