@@ -15,6 +15,7 @@ BIN := .venv/bin
 RUN := .venv/.run
 ENV := .venv/.dev
 LOCK := .ci/requirements.txt
+IMAGE := --python-platform linux --python-version 3.11 --generate-hashes --upgrade --no-emit-index-url --no-header --quiet
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r name what; do \
@@ -53,10 +54,12 @@ docs: $(ENV) ## write the tables of settings and metrics into docs from the code
 	$(BIN)/python docs/build_configuration.py
 	$(BIN)/python docs/build_metrics.py
 
-lock: $(ENV) ## renew the lock file from pyproject.toml
+lock: $(ENV) ## renew the lock files, of the checks and of the image, from pyproject.toml
 	@printf 'hatchling>=1.25\neditables>=0.5\n' | $(BIN)/uv pip compile pyproject.toml - --extra dev --universal \
 		--python-version 3.11 --upgrade --no-emit-index-url --no-annotate --no-header --quiet --output-file $(LOCK)
-	@wc -l $(LOCK)
+	@$(BIN)/uv pip compile pyproject.toml --extra redis --extra otel $(IMAGE) --output-file docker/requirements.txt
+	@echo 'hatchling>=1.25' | $(BIN)/uv pip compile - $(IMAGE) --no-annotate --output-file docker/requirements-build.txt
+	@wc -l $(LOCK) docker/requirements*.txt
 
 clean: ## remove what was built (the environments in .cache, which take minutes, only with ALL=1)
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build $(if $(ALL),.cache)

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 
 import click
@@ -13,7 +14,7 @@ import click
 from helium_proxy.config import Settings
 from helium_proxy.workers.settings import WorkerSpec
 
-_given: set[int] = set()
+_given: deque[int] = deque(maxlen=1_000)
 
 
 def free_port() -> int:
@@ -24,7 +25,7 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", 0))
             port: int = probe.getsockname()[1]
         if port not in _given:
-            _given.add(port)
+            _given.append(port)
             return port
 
 
@@ -37,8 +38,10 @@ def engines(count: int, *, model: str, profile: str, extra: tuple[str, ...] = ()
         for _ in range(count):
             port = free_port()
             command = [sys.executable, "-m", "helium_proxy.engine", "--port", str(port), "--model", model]
-            # A new session, so that Ctrl-C in the terminal reaches the proxy alone, which drains first.
-            processes.append(subprocess.Popen([*command, "--profile", profile, *extra], start_new_session=True))
+            # A new session, so that Ctrl-C in the terminal reaches the proxy alone, which drains first; and a pipe,
+            # our end of which closes whatever ends us.
+            command += ["--profile", profile, "--until-stdin-ends", *extra]
+            processes.append(subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE))
             urls.append(f"http://127.0.0.1:{port}")
         yield urls
     finally:
@@ -49,6 +52,8 @@ def engines(count: int, *, model: str, profile: str, extra: tuple[str, ...] = ()
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
+            assert process.stdin is not None
+            process.stdin.close()
 
 
 @contextlib.contextmanager

@@ -257,13 +257,14 @@ _UNSAFE = re.compile(r"[^\w.:/@#-]")
 _seen: dict[str, dict[str, str]] = {label: {} for label in _CAPS}
 
 
-def bounded(label: str, value: str) -> str:
-    """`value` as a safe label: at most `_CAPS[label]` distinct ones are admitted, the rest are ``other``."""
+def bounded(label: str, value: str, *, admit: bool = True) -> str:
+    """`value` as a safe label: at most `_CAPS[label]` distinct ones are admitted, the rest are ``other``. So is a new
+    one that is not to be admitted."""
     seen = _seen[label]
     known = seen.get(value)
     if known is not None:
         return known
-    if len(seen) >= _CAPS[label]:
+    if not admit or len(seen) >= _CAPS[label]:
         return "other"
     safe = _UNSAFE.sub("_", value)[:64] or "none"
     seen[value[:256]] = safe

@@ -24,6 +24,9 @@ from helium_proxy.workers.worker import Worker
 
 log = structlog.get_logger(__name__)
 
+Stranded = tuple[str, str | None]
+"""A model with calls waiting and no worker up; or one that has some, and another that calls must go to."""
+
 
 @dataclass(frozen=True, slots=True)
 class DispatchStatistics:
@@ -52,7 +55,7 @@ class Dispatcher:
         self._outside = 0  # calls that wait for a worker to come up, and are not queued yet
         self._pump_due = False
         self._wake: asyncio.TimerHandle | None = None  # when something that is waited for is given up
-        self._stranded: dict[str, float] = {}  # model with calls waiting and no worker → since when
+        self._stranded: dict[Stranded, float] = {}  # since when
         self._came_up = asyncio.Event()  # set, and replaced, whenever a worker changed
         self._decisions = 0
         self._slowest = 0.0
@@ -156,18 +159,26 @@ class Dispatcher:
         self._pump_soon()
 
     def tick(self, now: float) -> None:
-        """Once a second: calls whose model has had no worker for too long get their error instead of waiting on."""
-        for model, queue in list(self.state.queues.items()):
-            if any(self._available(w.id) for w in self.state.serving(model)):
-                self._stranded.pop(model, None)
-            elif now - self._stranded.setdefault(model, now) > self.state.settings.no_worker_wait_s:
-                for call in list(queue):
+        """Once a second: calls whose model, or whose own worker, has been away for too long get their error instead
+        of waiting on."""
+        stranded: dict[Stranded, list[QueuedCall]] = {}
+        for model, queue in self.state.queues.items():
+            workers = self.state.serving(model)
+            for worker in workers:
+                self._available(worker.id)
+            up = any(worker.open for worker in workers)
+            for call in queue.unplaced.values() if up else queue:
+                if not up or self.state.awaits_its_own(call):
+                    stranded.setdefault((model, call.prefer if up else None), []).append(call)
+        self._stranded = {who: self._stranded.get(who, now) for who in stranded}
+        for (model, own), calls in stranded.items():
+            if now - self._stranded[model, own] > self.state.settings.no_worker_wait_s:
+                for call in calls:
                     future = self._waiting.get(call.id)
                     self.state.withdraw(call)
                     if future is not None and not future.done():
-                        future.set_exception(self._none_up(model))
-        for model in [m for m in self._stranded if m not in self.state.queues]:
-            del self._stranded[model]
+                        future.set_exception(self._none_up(model) if own is None else _own_away())
+        self._pump_soon()  # a breaker closes by time, and nobody else may be there to notice
 
     async def _wait_for_any(self, call: QueuedCall) -> None:
         """Returns once some worker that may have `call` is open. Raises as the two waits do."""
@@ -205,7 +216,7 @@ class Dispatcher:
         while self._pool.get(worker) is not None and not self._available(worker):
             remaining = deadline - self._clock()
             if remaining <= 0:
-                raise NoWorker("the worker that holds what this call continues is not up", retry_after=5)
+                raise _own_away()
             await self._change(remaining)
 
     async def _change(self, remaining_s: float) -> None:
@@ -310,3 +321,7 @@ class Dispatcher:
         if running:
             mean = sum(running) / len(running)
         return min(60.0, max(1.0, self.state.queued * mean / (workers * max(1, len(running) / workers))))
+
+
+def _own_away() -> NoWorker:
+    return NoWorker("the worker that holds what this call continues is not up", retry_after=5)

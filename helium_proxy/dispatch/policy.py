@@ -83,9 +83,10 @@ def _decide_model(state: DispatchState, queue: Queue, workers: list[WorkerState]
         queue.close(name)
     if queue.unplaced:
         sites = Sites(state, queue, workers, now)
-        for call in nsmallest(_PLACED_AT_ONCE, queue.unplaced.values(), key=lambda c: c.rank):
+        arrived = [call for call in queue.unplaced.values() if not state.awaits_its_own(call)]
+        for call in nsmallest(_PLACED_AT_ONCE, arrived, key=lambda c: c.rank):
             sites.place(call)
-        state.unfinished = state.unfinished or bool(queue.unplaced)
+        state.unfinished = state.unfinished or len(arrived) > _PLACED_AT_ONCE
     assignments: list[Assignment] = []
     for worker in workers:
         lane = queue.lanes.get(worker.id)

@@ -7,7 +7,8 @@ share a prefix run side by side there.
 
 Tenants take turns, and each tenant's workflows within its turn, by the work that they have been given; inside a
 workflow calls go by rank. Fair shares protect a small workflow beside a large one, and leave the order within one
-free. (Workflows that nobody has named take turns as one: `Arrival.share`.)
+free. (Workflows that nobody has named take turns as one: `Arrival.share`. So do those of a tenant beyond the first
+`_TURNS` that wait, since clients choose their names, and a decision looks at every turn.)
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from functools import lru_cache
 
 from helium_proxy.dispatch.calls import QueuedCall, Rank
 from helium_proxy.residency.index import Chain, Holders
+from helium_proxy.types import UNNAMED
 
 GroupKey = tuple[str, str]
 """(tenant, workflow): a call's `turns`."""
 
 _GROUPS_REMEMBERED = 10_000
+_TURNS = 256
+"""Workflows of one tenant that take turns of their own."""
 _stamps = itertools.count()  # of all lanes: one that is opened again is another
 
 
@@ -111,6 +115,7 @@ class Queue:
         self.lanes: dict[str, Lane] = {}  # by worker
         self._holders = Holders()  # which lanes have calls with a block
         self._waiting: Counter[str | GroupKey] = Counter()  # tenant or group → its calls waiting
+        self._turns: Counter[str] = Counter()  # tenant → its groups that have calls waiting
         self._served: OrderedDict[str | GroupKey, float] = OrderedDict()  # the same → work given
         self._length = 0
 
@@ -138,6 +143,8 @@ class Queue:
         return [(places[count - 1] if count else 0, lanes) for count, lanes in self._holders.match(marks, workers)]
 
     def push(self, call: QueuedCall) -> None:
+        if not self._waiting[call.turns] and self._turns[call.tenant] >= _TURNS:
+            call.turns = call.tenant, UNNAMED
         for who in (call.tenant, call.turns):
             if not self._waiting[who]:
                 self._enter(who)
@@ -151,6 +158,7 @@ class Queue:
         if isinstance(who, str):
             others = [o for o in self._waiting if isinstance(o, str)]
         else:
+            self._turns[who[0]] += 1
             others = [o for o in self._waiting if not isinstance(o, str) and o[0] == who[0]]
         floor = min((self._served.get(o, 0.0) for o in others if o != who), default=0.0)
         self._served[who] = max(self._served.get(who, 0.0), floor)
@@ -170,6 +178,10 @@ class Queue:
             self._waiting[who] -= 1
             if not self._waiting[who]:
                 del self._waiting[who]
+                if not isinstance(who, str):
+                    self._turns[who[0]] -= 1
+        if call.tenant not in self._waiting:
+            del self._turns[call.tenant]
         self._length -= 1
         return True
 

@@ -86,6 +86,8 @@ class Place:
     """Blocks, its own among them, that it pays to keep for it; 0: it is not kept for its own sake."""
     until: float = 0.0
     """Until when they are kept, if it has not come back by then."""
+    judged: float = 0.0
+    """When it counts as not come back."""
 
 
 @dataclass(slots=True)
@@ -140,7 +142,7 @@ class Returns:
         window = min(_LONGEST_S, whole_s)
         worth_s = habit.probability * window
         here = self._kept.get(worker)
-        place = self._awaited[chain[-1]] = Place(key, worker, now)
+        place = self._awaited[chain[-1]] = Place(key, worker, now, judged=now + window)
         if habit.kept < habit.trust and habit.after.mean_s < worth_s:
             habit.kept += 1
             wait_s = min(window, habit.patience_s) if habit.seen else _FIRST_PATIENCE * worth_s
@@ -158,7 +160,7 @@ class Returns:
             here.others[chain[-1]] = place
         if place.blocks:
             heapq.heappush(self._ends, (place.until, chain[-1]))
-        heapq.heappush(self._judged, (now + window, chain[-1]))
+        heapq.heappush(self._judged, (place.judged, chain[-1]))
         while len(self._awaited) > _AWAITED:
             self._forget(next(iter(self._awaited)))
 
@@ -185,9 +187,9 @@ class Returns:
                     habit.trust = max(int(habit.seen), habit.trust // 2)
                 self._give_up(block, place)
         while self._judged and self._judged[0][0] <= now:
-            _, block = heapq.heappop(self._judged)
+            judged, block = heapq.heappop(self._judged)
             place = self._awaited.get(block)
-            if place is not None and place.until <= now:
+            if place is not None and place.judged == judged and place.until <= now:
                 self.habit(place.key).stayed_away()
                 self._forget(block)
 

@@ -268,6 +268,11 @@ class DispatchState:
         """Workers of `model`, open or not."""
         return [w for w in self.workers.values() if model in w.models]
 
+    def awaits_its_own(self, call: QueuedCall) -> bool:
+        """Whether the only worker that could answer `call` takes no calls now."""
+        own = self.workers.get(call.prefer) if call.prefer is not None else None
+        return own is not None and not own.open and call.model in own.models
+
     def enqueue(self, call: QueuedCall, now: float) -> None:
         call.rank = self._rank(call, now)
         if self.settings.keep_places:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+
 import click
 
 from helium_proxy.errors import ConfigError
@@ -28,13 +32,22 @@ from .server import run_engine
 @click.option("--api-key", envvar="VLLM_API_KEY", help="Required of clients, if given.")
 @click.option("--kv-events", help="ZMQ endpoint to publish KV events on.")
 @click.option("--kv-events-replay", help="ZMQ endpoint to replay them from.")
-def main(host: str, port: int, scheduling_policy: str, **settings: object) -> None:
+@click.option("--until-stdin-ends", is_flag=True, help="End with whoever holds the other end of standard input.")
+def main(host: str, port: int, scheduling_policy: str, until_stdin_ends: bool, **settings: object) -> None:
     """Serve an embedded engine with vLLM's HTTP interface."""
+    if until_stdin_ends:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         config = EngineConfig(policy=scheduling_policy, **settings)  # type: ignore[arg-type]
         run_engine(config, host, port)
     except ConfigError as error:
         raise click.UsageError(error.message) from None
+
+
+def _end_with_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

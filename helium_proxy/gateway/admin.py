@@ -3,6 +3,7 @@ their own tenant's runs and templates, and nothing else."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import PlainTextResponse
@@ -19,6 +20,7 @@ def admin_routes(services: Services) -> APIRouter:
     """All of them, over one `Services`."""
 
     def caller(request: Request) -> Principal:
+        _refuse_other_sites(request)
         return services.keyring.authenticate({k.lower(): v for k, v in request.headers.items()})
 
     def operator(who: Annotated[Principal, Depends(caller)]) -> Principal:
@@ -156,6 +158,17 @@ def describe(services: Services, worker: Worker) -> dict[str, Any]:
         "decode_tokens_per_s": round(rates.decode, 1) if rates and rates.windows else None,
         "tokenizer": "exact" if any(services.tokenizers.get(m.id) for m in facts.models) else "text",
     }
+
+
+def _refuse_other_sites(request: Request) -> None:
+    """Browsers let any page send some requests to any address, without a look at the answer: one that its user had
+    open could add a worker to a proxy that asks for no key. Browsers say whose the page is; nobody else does."""
+    origin = request.headers.get("origin")
+    if origin is None or request.method in ("GET", "HEAD"):
+        return
+    own = {request.headers.get("host"), request.headers.get("x-forwarded-host")}
+    if urlsplit(origin).netloc not in own:
+        raise Forbidden(f"not for pages of {origin}")
 
 
 def _scope(who: Principal) -> str | None:

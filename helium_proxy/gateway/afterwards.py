@@ -129,7 +129,8 @@ def _trace(ticket: Ticket, outcome: Outcome) -> None:
 def count(services: Services, ticket: Ticket, fate: Fate, reply: Reply, now: float) -> None:
     """The metrics of one call."""
     workflow, node = metrics.bounded("workflow", ticket.workflow), metrics.bounded("node", ticket.node)
-    model = metrics.bounded("model", ticket.request.model)
+    model = ticket.request.model  # of an error's nobody may have heard
+    model = metrics.bounded("model", model, admit=fate != "error" or bool(services.dispatcher.state.serving(model)))
     metrics.CALLS.labels(workflow, node, model, fate).inc()
     metrics.CALL_SECONDS.labels(model).observe(now - ticket.arrived_at)
     prompt, output, cached = reply.prompt_tokens or 0, reply.output_tokens or 0, reply.cached_tokens or 0

@@ -11,7 +11,7 @@ prefix, straight to a worker, on idle capacity alone. It is cut off as soon as t
   while the worker idles, and one that was pushed out is prefilled again;
 - **lookahead**: when a call has ended, the prefix of the next one is prefilled while the client still thinks.
 
-Nothing here may cost an answer: every entry point swallows its own failures.
+Nothing here may cost an answer: the callers of `sent`, `done` and `ended` swallow what fails there.
 """
 
 from __future__ import annotations
@@ -97,14 +97,6 @@ class Ahead:
         """A call goes to `worker`. Returns the directive to send along, if one is due."""
         if not self._enabled:
             return None
-        try:
-            return self._sent(call, key, run, source, worker)
-        except Exception:
-            log.exception("directives failed; the call goes without")
-            metrics.FAIL_OPEN.labels("directives").inc()
-            return None
-
-    def _sent(self, call: QueuedCall, key: Key, run: str, source: Source, worker: Worker) -> dict[str, Any] | None:
         now, chain = self._clock(), call.chain
         site = self._sites.of(worker)
         if site.prewarm is not None and not begins(chain, site.prewarm.chain):

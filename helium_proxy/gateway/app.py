@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -223,21 +224,44 @@ def _mount(app: App, services: Services) -> None:
 
 
 async def _tick(services: Services) -> None:
-    """Once a second: runs that have ended, and the gauges."""
+    """Once a second: runs that have ended, calls that wait in vain, and the gauges."""
     runs = RunMetrics(services.workflows)
+    queued: Counter[str] = Counter()
+
+    def workflows() -> None:
+        ends = services.workflows.tick(services.clock())
+        runs.tick(ends)
+        for end in ends:
+            services.tracer.end_run(run_name(end.tenant, end.run))
+
+    def dispatcher() -> None:
+        services.dispatcher.tick(services.clock())
+
+    def gauges() -> None:
+        nonlocal queued
+        queued = _queue_gauge(services, queued)
+        _gauges(services)
+
     while True:
         await asyncio.sleep(_TICK_S)
-        try:
-            ends = services.workflows.tick(services.clock())
-            runs.tick(ends)
-            for end in ends:
-                services.tracer.end_run(run_name(end.tenant, end.run))
-            services.dispatcher.tick(services.clock())
-            services.events.tick()
-            _gauges(services)
-            metrics.sweep()
-        except Exception:
-            log.exception("housekeeping failed")
+        for work in (workflows, dispatcher, services.events.tick, gauges, metrics.sweep):
+            try:
+                work()
+            except Exception:
+                log.exception("housekeeping failed", work=work.__name__)
+
+
+def _queue_gauge(services: Services, before: Counter[str]) -> Counter[str]:
+    """Calls waiting, by model as metrics name it: of those whose workers are up, of those that wait all the same, and
+    of those that were shown `before`."""
+    queued = Counter(dict.fromkeys(before, 0))
+    for model in services.pool.models():
+        queued[metrics.bounded("model", model)] += 0
+    for model, queue in services.dispatcher.state.queues.items():
+        queued[metrics.bounded("model", model)] += len(queue)
+    for name, calls in queued.items():
+        metrics.QUEUED.labels(name).set(calls)
+    return queued
 
 
 def _gauges(services: Services) -> None:
@@ -245,9 +269,6 @@ def _gauges(services: Services) -> None:
     if services.cache is not None:
         services.cache.report()
     state = services.dispatcher.state
-    for model in services.pool.models():
-        queue = state.queues.get(model)
-        metrics.QUEUED.labels(metrics.bounded("model", model)).set(len(queue) if queue else 0)
     for worker in services.pool:
         known = state.workers.get(worker.id)
         if known is None:

@@ -12,15 +12,13 @@ POST   /v1/batches/{id}/cancel
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import orjson
-from aiohttp import BodyPartReader, MultipartReader
-from aiohttp.base_protocol import BaseProtocol
-from aiohttp.streams import StreamReader
 from fastapi import APIRouter
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -30,6 +28,7 @@ from helium_proxy.planner.batch import Batches
 
 _FORM_BYTES = 65_536
 """What a request may hold beside a file."""
+_FORM_FIELDS = 16
 
 
 async def body_of(request: Request, limit: int) -> bytes:
@@ -52,20 +51,20 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
     return Response(data, status, media_type="application/json", headers=headers)
 
 
-async def parse_form(body: bytes, content_type: str) -> dict[str, tuple[str | None, bytes]]:
-    """A multipart form: field → (file name, content). Raises `InvalidRequest`."""
-    stream = StreamReader(BaseProtocol(asyncio.get_running_loop()), 2**16, loop=asyncio.get_running_loop())
-    stream.feed_data(body)
-    stream.feed_eof()
-    found: dict[str, tuple[str | None, bytes]] = {}
+async def _form_of(request: Request, limit: int) -> FormData:
+    """A multipart form of one file and a few fields, of `limit` bytes in all, to be closed. Raises `InvalidRequest`,
+    `BodyTooLarge` and `ClientGone`."""
+    body = await body_of(request, limit)
+
+    async def stream() -> AsyncGenerator[bytes]:
+        yield body
+
+    parser = MultiPartParser(request.headers, stream(), max_files=1, max_fields=_FORM_FIELDS)
+    parser.spool_max_size = limit  # in memory, where the body is already
     try:
-        reader = MultipartReader({"Content-Type": content_type}, stream)
-        async for part in reader:
-            if isinstance(part, BodyPartReader) and part.name is not None and len(found) < 16:
-                found[part.name] = (part.filename, bytes(await part.read()))
-    except (ValueError, AssertionError, RuntimeError, OSError) as error:
-        raise InvalidRequest(f"not a multipart form: {error}") from None
-    return found
+        return await parser.parse()
+    except MultiPartException as error:
+        raise InvalidRequest(f"not a multipart form: {error.message}") from None
 
 
 def _page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,13 +95,17 @@ def batch_routes(batches: Batches, tenant_of: Callable[[Request], str], check_op
         kind = request.headers.get("content-type", "")
         if not kind.startswith("multipart/form-data"):
             raise InvalidRequest("upload as multipart/form-data with 'file' and 'purpose'")
-        form = await parse_form(await body_of(request, settings.max_file_bytes + _FORM_BYTES), kind)
-        if "file" not in form:
-            raise InvalidRequest("'file' is missing", param="file")
-        if form.get("purpose", (None, b""))[1] != b"batch":
-            raise InvalidRequest("'purpose' must be batch", param="purpose")
-        filename, content = form["file"]
-        stored = await files.put(tenant, filename or "upload.jsonl", "batch", content)
+        form = await _form_of(request, settings.max_file_bytes + _FORM_BYTES)
+        try:
+            file = form.get("file")
+            if not isinstance(file, UploadFile):
+                raise InvalidRequest("'file' is missing", param="file")
+            if form.get("purpose") != "batch":
+                raise InvalidRequest("'purpose' must be batch", param="purpose")
+            content = await file.read()
+        finally:
+            await form.close()
+        stored = await files.put(tenant, file.filename or "upload.jsonl", "batch", content)
         return json_response(stored.view())
 
     @router.get("/v1/files")

@@ -331,9 +331,10 @@ class _Exchange:
         started = ticket.started_at or now
         if reply.prompt_tokens is not None:
             services.estimator.measured(self._call, ticket.request, reply.prompt_tokens)
-        if self._assignment.predicted_s:
-            compare(self._assignment, reply, now - started)
-        metrics.UPSTREAM_SECONDS.labels(self._worker.id).observe(now - started)
+        if services.pool.get(self._worker.id) is self._worker:  # else its series have been dropped
+            if self._assignment.predicted_s:
+                compare(self._assignment, reply, now - started)
+            metrics.UPSTREAM_SECONDS.labels(self._worker.id).observe(now - started)
         metrics.QUEUE_SECONDS.labels(metrics.bounded("model", self._call.model)).observe(
             max(0.0, started - ticket.planned_at)
         )

@@ -8,14 +8,15 @@ whole relay, and its streaming response holds no event back only by accident of 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from helium_proxy import metrics
-from helium_proxy.errors import BodyTooLarge, ClientGone, DeadlineExceeded, HeliumError
+from helium_proxy.errors import BodyTooLarge, ClientGone, DeadlineExceeded, Draining, HeliumError
 from helium_proxy.reuse import OwnStream, Push
 
 RawHeaders = list[tuple[bytes, bytes]]
@@ -192,25 +193,37 @@ class Watch:
             self._task.cancel()
 
 
-async def while_connected(
-    scope: Scope, receive: Receive, work: Callable[[], Awaitable[object]], timeout_s: float | None = None
-) -> None:
-    """Runs `work` and cancels it as soon as the client goes away, or the time is up. Raises ClientGone and
-    DeadlineExceeded."""
-    watch = Watch(scope, receive, timeout_s)
-    try:
-        await work()
-    except asyncio.CancelledError:
-        if not watch.cancelled():
-            raise
-        if watch.ended_by == "client":
-            raise client_gone() from None
-        raise DeadlineExceeded(f"no complete answer within {timeout_s:g} s") from None
-    finally:
-        watch.stop()
+class Watches:
+    """Of every request being answered: the proxy's own end cuts them all, as their deadlines would."""
 
+    def __init__(self) -> None:
+        # -- state
+        self._all: set[Watch] = set()
+        self._cut = False
 
-def client_gone() -> ClientGone:
-    """Counted, too."""
-    metrics.DISCONNECTS.inc()
-    return ClientGone("the client left")
+    def cut(self) -> None:
+        """Ends every one of them now."""
+        self._cut = True
+        for watch in self._all:
+            watch.cut()
+
+    @contextmanager
+    def watching(self, scope: Scope, receive: Receive, timeout_s: float | None = None) -> Iterator[None]:
+        """The block is cancelled as soon as the client goes away, the time is up, or everything is `cut`. Raises
+        ClientGone, DeadlineExceeded or Draining then."""
+        watch = Watch(scope, receive, timeout_s)
+        self._all.add(watch)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not watch.cancelled():
+                raise
+            if watch.ended_by == "client":
+                metrics.DISCONNECTS.inc()
+                raise ClientGone("the client left") from None
+            if self._cut:
+                raise Draining("the proxy shut down before the answer was complete", retry_after=1) from None
+            raise DeadlineExceeded(f"no complete answer within {timeout_s:g} s") from None
+        finally:
+            watch.stop()
+            self._all.discard(watch)

@@ -4,7 +4,6 @@ comes (`passing.py`).
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from collections.abc import Awaitable, Callable
@@ -16,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 from helium_proxy import metrics
 from helium_proxy.errors import (
     ClientGone,
-    DeadlineExceeded,
     Draining,
     HeliumError,
     InvalidRequest,
@@ -30,8 +28,6 @@ from helium_proxy.gateway.calls import Calls, Served
 from helium_proxy.gateway.http import (
     RawHeaders,
     Sending,
-    Watch,
-    client_gone,
     header_map,
     read_body,
     send_error,
@@ -135,7 +131,7 @@ class LlmRoutes:
         if ticket.hints.deadline_s is not None:
             timeout = min(timeout, ticket.hints.deadline_s)
         try:
-            await self._answer(ticket, Watch(scope, receive, timeout), send, timeout)
+            await self._answer(ticket, scope, receive, send, timeout)
         except HeliumError as error:
             report(services, ticket, "error", Reply(), status=error.status)
             raise
@@ -238,32 +234,22 @@ class LlmRoutes:
             metrics.FAIL_OPEN.labels("reuse").inc()
         return None
 
-    async def _answer(self, ticket: Ticket, watch: Watch, send: Sending, timeout: float) -> None:
-        services = self._services
-        services.watches.add(watch)
+    async def _answer(self, ticket: Ticket, scope: Scope, receive: Receive, send: Sending, timeout_s: float) -> None:
+        error: HeliumError
         try:
-            served = await self.calls.serve(ticket)
-            try:
-                await self._relay(ticket, served, send)
-            finally:
-                served.close()
-        except asyncio.CancelledError:
-            if not watch.cancelled():
-                raise
-            if watch.ended_by == "client":
-                raise client_gone() from None
-            error: HeliumError = DeadlineExceeded(f"no complete answer within {timeout:g} s")
-            if services.cut:
-                error = Draining("the proxy shut down before the answer was complete", retry_after=1)
+            with self._services.watches.watching(scope, receive, timeout_s):
+                served = await self.calls.serve(ticket)
+                try:
+                    await self._relay(ticket, served, send)
+                finally:
+                    served.close()
+            return
+        except ClientGone:
+            raise
         except HeliumError as problem:
             error = problem
         except SendFailed as problem:
             error = UpstreamFailed(str(problem))
-        else:
-            return
-        finally:
-            watch.stop()
-            services.watches.discard(watch)
         if not send.status:
             raise error
         metrics.ERRORS.labels(error.code or error.type).inc()

@@ -130,7 +130,7 @@ class Lookahead:
 
     async def work(self) -> None:
         """Looks up what follows the calls that have ended, and prefills what can be by now."""
-        while self._ended:
+        for _ in range(len(self._ended)):  # others may end meanwhile: their turn comes, too
             await self._look(self._ended.popleft())
         now = self._clock()
         self._expire(now)

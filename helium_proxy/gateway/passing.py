@@ -15,7 +15,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from helium_proxy.errors import InvalidRequest, NotFound, NoWorker
-from helium_proxy.gateway.http import relayed, send_stream, send_whole, while_connected
+from helium_proxy.gateway.http import relayed, send_stream, send_whole
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.sse import with_end_told
 from helium_proxy.workers.upstream import HOP_BY_HOP, SendFailed, Upstream
@@ -32,7 +32,8 @@ _NOT_SENT = HOP_BY_HOP | {
     "accept-encoding",
     "cookie",
 }
-_FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
+# Possessive and bounded, for the time it takes would else grow with the square of a hostile body.
+_FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]++\r\n){0,8}+\r\n([^\r\n]{1,256})\r\n')
 _STORED = re.compile(r"(/v1/responses/)([^/]+)")
 
 
@@ -71,13 +72,15 @@ class Passing:
         model = form[1].decode("utf-8", "replace") if form else self.model(parse(body))
         raw = Raw(scope["method"], path_of(scope), headers, body)
         workers = self._able(model)[: self._services.settings.pool.max_attempts]
-        await while_connected(scope, receive, lambda: self._try(raw, workers, send), self._timeout_s)
+        with self._services.watches.watching(scope, receive, self._timeout_s):
+            await self._try(raw, workers, send)
 
     async def unread(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes) -> None:
         """A model call that cannot be read, which is to say that the engine will refuse it."""
         raw = Raw(scope["method"], path_of(scope), headers, body)
         worker = self._able(None)[:1]
-        await while_connected(scope, receive, lambda: self._try(raw, worker, send), self._timeout_s)
+        with self._services.watches.watching(scope, receive, self._timeout_s):
+            await self._try(raw, worker, send)
 
     async def _stored(
         self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes, given: str
@@ -88,12 +91,8 @@ class Passing:
         raw = Raw(scope["method"], path, headers, body)
         workers = self._holders(known)
         rename = (known.encode(), given.encode()) if known != given else None
-        await while_connected(
-            scope,
-            receive,
-            lambda: self._try(raw, workers, send, elsewhere_on_404=True, rename=rename),
-            self._timeout_s,
-        )
+        with self._services.watches.watching(scope, receive, self._timeout_s):
+            await self._try(raw, workers, send, elsewhere_on_404=True, rename=rename)
 
     def _holders(self, response: str) -> list[Worker]:
         """Who may have a stored response: the worker that made it, else (after a restart of ours) all of them."""

@@ -142,7 +142,7 @@ def plan_deps(services: Services, llm: LlmRoutes) -> PlanDeps:
 
     sequence = itertools.count(-1, -1)  # live runs count upwards: the two never meet
     return PlanDeps(
-        PlanPort(services, llm),
+        port=PlanPort(services, llm),
         settings=services.settings.plans,
         workers=workers,
         cache_lookup=cached,
@@ -151,6 +151,7 @@ def plan_deps(services: Services, llm: LlmRoutes) -> PlanDeps:
         clock=services.clock,
         wall=services.wall,
         draining=lambda: services.draining,
+        watches=services.watches,
         tenant_of=lambda request: services.keyring.authenticate(dict(request.headers)).tenant,
     )
 

@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(_POLL_S)
         if services.in_flight:
             log.warning("drain deadline passed", cut=services.in_flight)
-            services.cut_calls()
+            services.watches.cut()
             self.config.timeout_graceful_shutdown = 1  # what is not a call is cut by uvicorn
         self.should_exit = True
 

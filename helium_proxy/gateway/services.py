@@ -13,7 +13,7 @@ from helium_proxy.dispatch.dispatcher import Dispatcher
 from helium_proxy.gateway.ahead import Ahead
 from helium_proxy.gateway.auth import Keyring
 from helium_proxy.gateway.events import EventFeeds
-from helium_proxy.gateway.http import Watch
+from helium_proxy.gateway.http import Watches
 from helium_proxy.gateway.tracing import NullTracer, Tracer
 from helium_proxy.planner.estimate import Estimator
 from helium_proxy.residency.registry import Tokenizers
@@ -73,10 +73,7 @@ class Services:
     """Asked to end: `/ready` fails, calls are still taken."""
     draining: bool = False
     """New calls are refused, those in flight are finished."""
-    watches: set[Watch] = field(default_factory=set)
-    """One of each call being answered."""
-    cut: bool = False
-    """The drain's own deadline has passed."""
+    watches: Watches = field(default_factory=Watches)
     owners: dict[str, str] = field(default_factory=dict)
     """Stored response id → the worker that has it; bounded by `note_owner`."""
     tenants: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -85,12 +82,6 @@ class Services:
     """Request ids that clients chose, the newest; bounded likewise."""
     aliases: dict[str, str] = field(default_factory=dict)
     """Id a client was given for a reused response → the id its worker stored it under; bounded likewise."""
-
-    def cut_calls(self) -> None:
-        """Ends every call now, as its deadline would."""
-        self.cut = True
-        for watch in self.watches:
-            watch.cut()
 
     def unique(self, given: str) -> str:
         """`given` the first time, something of its own thereafter: clients pass one trace id on with many calls, and

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -26,26 +26,22 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from helium_proxy.errors import DeadlineExceeded, Draining, InvalidRequest
 from helium_proxy.gateway.batches import batch_routes, body_of, json_response, parse_json
-from helium_proxy.gateway.http import while_connected
+from helium_proxy.gateway.http import Watches
 from helium_proxy.planner.batch import Batches
-from helium_proxy.planner.execute import CallPort, CallResult
 from helium_proxy.planner.explain import Actual, explain_json, explain_text
 from helium_proxy.planner.jobs import Job, JobStore, PlannerDeps
 from helium_proxy.planner.pipeline import PhysicalPlan
 
 
-def _one_tenant(request: Request) -> str:
-    return "default"
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanDeps(PlannerDeps):
     """What the routes need; make one for each application and `close` it at shutdown, inside its event loop."""
 
-    tenant_of: Callable[[Request], str] = _one_tenant
+    tenant_of: Callable[[Request], str]
     """The caller's tenant. Raises `Unauthorized`."""
     draining: Callable[[], bool] = bool
     """Whether no new work is taken."""
+    watches: Watches = field(default_factory=Watches)
 
     def check_open(self) -> None:
         """Raises `Draining` once the proxy is to end."""
@@ -161,7 +157,8 @@ def workflow_routes(deps: PlanDeps) -> APIRouter:
         job = await deps.jobs.submit(tenant, raw)
         try:
             async with asyncio.timeout(settings.analyze_timeout_s):
-                await while_connected(request.scope, request.receive, job.done.wait)
+                with deps.watches.watching(request.scope, request.receive):
+                    await job.done.wait()
         except TimeoutError:
             raise DeadlineExceeded(
                 f"workflow {job.id} did not end within {settings.analyze_timeout_s:g} s and was cancelled"
@@ -206,4 +203,4 @@ def workflow_routes(deps: PlanDeps) -> APIRouter:
     return router
 
 
-__all__ = ["CallPort", "CallResult", "PlanDeps", "event_stream", "workflow_routes"]
+__all__ = ["PlanDeps", "event_stream", "workflow_routes"]

@@ -236,6 +236,7 @@ class Batches:
         if not isinstance(input_file_id, str):
             raise InvalidRequest("'input_file_id' must be a file's id", param="input_file_id")
         self.files.get(tenant, input_file_id)
+        self.files.check_room()
         self._make_room(tenant)
         now = int(self._wall())
         batch = Batch(

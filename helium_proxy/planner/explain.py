@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from helium_proxy.planner.graph import Mark
-from helium_proxy.planner.pipeline import PhysicalPlan
+from helium_proxy.planner.pipeline import ANY, PhysicalPlan
 from helium_proxy.planner.trie import TrieNode
 from helium_proxy.planner.words import counted
 
@@ -105,7 +105,8 @@ def explain_json(plan: PhysicalPlan, actuals: Mapping[int, Actual] | None = None
 
 
 def _warnings(plan: PhysicalPlan) -> list[str]:
-    return [
+    nobody = ["no worker is up: planned for one of usual speed"] if plan.workers[0].name == ANY else []
+    return nobody + [
         f"no worker that is up serves model {model!r}, which {counted(count, 'operator')} will ask for"
         for model, count in plan.unserved.items()
     ]

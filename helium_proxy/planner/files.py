@@ -96,18 +96,23 @@ class FileStore:
         for id_ in [id_ for id_, file in self._files.items() if file.expires_at <= now]:
             self._drop(id_)
 
-    async def put(self, tenant: str, filename: str, purpose: str, content: bytes, *, own: bool = False) -> StoredFile:
-        """Keep a file; one of our `own` may be larger than an upload. Raises `BodyTooLarge`, or `QueueFull` when no
-        room is left."""
+    def check_room(self, size: int = 0) -> None:
+        """Raises `BodyTooLarge` and `QueueFull` where an upload of `size` bytes would be."""
         settings = self.settings
-        if len(content) > settings.max_file_bytes and not own:
-            raise BodyTooLarge(f"the file has {len(content):,} bytes: at most {settings.max_file_bytes:,} are taken")
+        if size > settings.max_file_bytes:
+            raise BodyTooLarge(f"the file has {size:,} bytes: at most {settings.max_file_bytes:,} are taken")
         self.expire()
         now = self.statistics()
-        if now.files >= settings.max_files or now.bytes + len(content) > settings.max_files_bytes:
+        if now.files >= settings.max_files or now.bytes + size > settings.max_files_bytes:
             raise QueueFull("no room for another file: delete some", retry_after=60)
+
+    async def put(self, tenant: str, filename: str, purpose: str, content: bytes, *, own: bool = False) -> StoredFile:
+        """Keep a file. One of our `own` has room always: a batch, whose results it holds, is not begun without
+        (`check_room`). Raises `BodyTooLarge`, or `QueueFull` when no room is left."""
+        if not own:
+            self.check_room(len(content))
         created = int(self._wall())
-        expires = created + max(1, int(settings.file_ttl_s))
+        expires = created + max(1, int(self.settings.file_ttl_s))
         file = StoredFile(
             f"file-{secrets.token_hex(12)}", tenant, filename[:255], purpose, len(content), created, expires
         )

@@ -17,6 +17,9 @@ from helium_proxy.planner.schedule import solve
 from helium_proxy.planner.settings import PlanSettings
 from helium_proxy.planner.trie import Count, Profile, TemplatedRadixTree, build_trie, count_chars
 
+ANY = "any"
+"""The worker that is planned for while none is known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Planning:
@@ -89,7 +92,7 @@ def optimize(graph: OperatorGraph, planning: Planning) -> PhysicalPlan:
     settings, submitted = planning.settings, len(graph.operators)
     graph, rewrites = rewrite(graph, RuleContext(planning.lookup), settings)
     tree = build_trie(graph, planning.count, default_output=settings.default_output_tokens, profile=planning.profile)
-    workers = tuple(planning.workers) or (PlanWorker("any", kv_tokens=settings.default_kv_tokens),)
+    workers = tuple(planning.workers) or (PlanWorker(ANY, kv_tokens=settings.default_kv_tokens),)
     operators = graph.operators.values()
     problem, ids = make_problem(
         tree,

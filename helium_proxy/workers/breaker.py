@@ -51,7 +51,7 @@ class Breaker:
             self._probed_at = now
 
     def record(self, succeeded: bool, now: float) -> bool:
-        """Notes the result of a send; True when this opened the breaker."""
+        """Notes the result of a send; True when this opened the breaker, for the first time or again."""
         self._probed_at = None
         self._events.append((now, succeeded))
         if succeeded:
@@ -59,10 +59,11 @@ class Breaker:
                 self.reset()
             return False
         if self._opened_at is not None:
-            if self.state(now) == "half-open":
-                self._opened_at = now
-                self._backoff = min(8.0, self._backoff * 2)
-            return False
+            if self.state(now) != "half-open":
+                return False
+            self._opened_at = now
+            self._backoff = min(8.0, self._backoff * 2)
+            return True
         while self._events and now - self._events[0][0] > self._window_s:
             self._events.popleft()
         failed = sum(1 for _, ok in self._events if not ok)

@@ -104,7 +104,7 @@ class Pool:
         deadline = self._clock() + drain_s
         while found.inflight and self._clock() < deadline:  # noqa: ASYNC110 -- nothing signals an idle worker
             await asyncio.sleep(_DRAIN_POLL_S)
-        if found.state != "draining" or worker not in self._workers:
+        if found.state != "draining" or self._workers.get(worker) is not found:
             return  # added again, or removed by someone else, meanwhile
         del self._workers[worker]
         self._prodded.pop(worker, None)
@@ -129,6 +129,8 @@ class Pool:
 
     def note(self, worker: Worker, failure: SendFailed | None) -> None:
         """A passive signal: how a send to `worker` ended. A refused or lost connection has it checked at once."""
+        if self._workers.get(worker.id) is not worker:
+            return  # removed meanwhile
         now = self._clock()
         was = worker.breaker.state(now)
         if worker.breaker.record(failure is None, now):

@@ -6,6 +6,7 @@ Foreign exceptions are translated here: a send either returns an `Upstream` whos
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import AsyncIterator, Mapping
 from functools import lru_cache
@@ -38,6 +39,8 @@ HOP_BY_HOP = frozenset(
 # Bodies are read here as they come: no worker may compress them because aiohttp says by default that it may.
 _OURS = {"Accept-Encoding": "identity"}
 
+_LARGE = 2**20
+"""Bytes; bodies of more aiohttp wants as files, to write them in pieces."""
 _STALE_TRIES = 3
 """Kept connections to try before giving up: each try removes a dead one from the pool."""
 _STALE_AT_ONCE_S = 0.25
@@ -74,10 +77,10 @@ class Upstream:
         """The whole body. Raises SendFailed when the connection breaks before its end."""
         try:
             return await self._response.read()
+        except TimeoutError as error:  # first: aiohttp's is a ClientError, too
+            raise SendFailed("timeout", "the worker fell silent") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise SendFailed("lost", repr(error)) from error
-        except TimeoutError as error:
-            raise SendFailed("timeout", "the worker fell silent") from error
         finally:
             self._response.release()
 
@@ -87,10 +90,10 @@ class Upstream:
         try:
             while chunk := await content.readany():
                 yield chunk
+        except TimeoutError as error:  # first: aiohttp's is a ClientError, too
+            raise SendFailed("timeout", "the worker fell silent") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise SendFailed("lost", repr(error)) from error
-        except TimeoutError as error:
-            raise SendFailed("timeout", "the worker fell silent") from error
         finally:
             self.close()
 
@@ -142,7 +145,7 @@ class UpstreamClient:
                 response = await self._session.request(
                     method,
                     _url(worker.spec.url + path),
-                    data=body,
+                    data=io.BytesIO(body) if body is not None and len(body) > _LARGE else body,
                     headers={**headers, **_OURS, **worker.headers},
                     allow_redirects=False,
                     timeout=limits,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -169,7 +169,7 @@ class Run:
             if edge.parent is parent:
                 edge.extends = edge.extends or extends
                 return True
-        if parent is child or (child.children and descends(child, parent)):
+        if parent is child or (child.children and parent.edges and parent.id in below([child])):
             return False
         child.edges.append(Edge(parent, kind, source, extends))
         parent.children.append(child)
@@ -209,6 +209,9 @@ class Run:
         same = self.occurrences.get(victim.base)
         if same and victim in same:
             same.remove(victim)
+            if not same:  # nodes may come under ever new names
+                del self.occurrences[victim.base]
+                del self.counts[victim.base]
         for child in victim.children:
             child.edges = [edge for edge in child.edges if edge.parent is not victim]
         for parent in victim.parents:
@@ -246,14 +249,13 @@ def longest_same(call: Call) -> int:
     return best
 
 
-def descends(ancestor: Call, call: Call) -> bool:
-    """Whether `call` is below `ancestor`."""
-    seen, stack = set(), list(ancestor.children)
+def below(calls: Iterable[Call]) -> set[str]:
+    """The ids of all calls that descend from one of `calls`."""
+    seen: set[str] = set()
+    stack = [child for call in calls for child in call.children]
     while stack:
-        node = stack.pop()
-        if node is call:
-            return True
-        if node.id not in seen:
-            seen.add(node.id)
-            stack.extend(node.children)
-    return False
+        call = stack.pop()
+        if call.id not in seen:
+            seen.add(call.id)
+            stack.extend(call.children)
+    return seen

@@ -189,10 +189,17 @@ class _Search:
             for text, matched in self.scores.values()
             if text.key in whole or sum(matched.values()) >= _ENOUGH_CHARS or self._mostly(text)
         ]
+        # A text that quotes another has all of its matched units, so the first of them, too.
+        having: dict[int, list[Text]] = {next(iter(matched)): [] for _, matched in good if matched}
+        if len(good) > 1:
+            for other, _ in good:
+                for unit in having.keys() & other.units.keys():
+                    having[unit].append(other)
         for text, matched in good:
-            quoted = len(good) > 1 and any(
+            others = having[next(iter(matched))] if matched else []
+            quoted = any(
                 other is not text and matched.keys() <= other.units.keys() and other.since >= text.since
-                for other, _ in good
+                for other in others
             )
             if not quoted:
                 self._consider(text.replies, extends=False)

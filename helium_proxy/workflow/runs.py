@@ -10,7 +10,7 @@ import xxhash
 
 from helium_proxy.errors import InvalidRequest
 from helium_proxy.types import UNNAMED, CallRequest
-from helium_proxy.workflow.graph import Call, Run, descends
+from helium_proxy.workflow.graph import Call, Run, below
 from helium_proxy.workflow.infer import Link
 from helium_proxy.workflow.settings import WorkflowSettings
 from helium_proxy.workflow.tags import Tags
@@ -19,6 +19,8 @@ from helium_proxy.workflow.templates import Templates
 _OCCURRENCE = re.compile(r"(.+)#\d+")
 _LEAKED = 10
 """Idle times after which a run ends although the end of a call of its own was never reported."""
+_MAX_ALIASES = 1_000
+"""Names of one run: of programs that it spawns, of sessions that turn out to be its own."""
 
 
 class Runs:
@@ -135,10 +137,11 @@ class Runs:
         if run is None:
             return
         number = run.counts.get(base, 0) + 1
-        below = list(run.waiting.get(base if number == 1 else f"{base}#{number}", ()))
+        children = run.waiting.get(base if number == 1 else f"{base}#{number}", ())
+        descendants = {child.id for child in children} | below(children)
         for name in names:
             parent = run.find(name)
-            if parent is not None and any(parent is child or descends(child, parent) for child in below):
+            if parent is not None and parent.id in descendants:
                 raise InvalidRequest(f"helium.parents: {base} and {name} make a cycle", param="helium.parents")
 
     # -- entering ----------------------------------------------------------------------------------------
@@ -208,7 +211,12 @@ class Runs:
     def _alias(self, run: Run, name: str) -> None:
         key = (run.tenant, name)
         self._names[key] = run
-        self._aliases.setdefault(run.seq, []).append(key)
+        keys = self._aliases.setdefault(run.seq, [])
+        keys.append(key)
+        if len(keys) > _MAX_ALIASES:
+            oldest = keys.pop(1)  # the first is its id
+            if self._names.get(oldest) is run:
+                del self._names[oldest]
 
     def _rename(self, run: Run, workflow: str) -> None:
         """An untagged run turns out to be of a named workflow."""
@@ -311,8 +319,7 @@ class Runs:
         target.final = target.final or source.final
         for key in self._aliases.pop(source.seq, ()):
             if self._names.get(key) is source:
-                self._names[key] = target
-                self._aliases.setdefault(target.seq, []).append(key)
+                self._alias(target, key[1])
         source.state, source.ended_by = "done", "merged"
         self._all.pop(source.seq, None)
         self._live.pop(source.seq, None)

@@ -285,14 +285,18 @@ class Template:
     def _close(self, stats: NodeStats, counts: dict[Key, int]) -> None:
         stats.closed += 1
         for key, count in counts.items():
-            edges = stats.edges[key]
+            edges = stats.edges.get(key)
+            if edges is None:  # this template was dropped meanwhile, and has begun anew
+                continue
             edges.live -= 1
             edges.closed += 1
             edges.children += count
 
     def _withdraw(self, stats: NodeStats, counts: dict[Key, int]) -> None:
         for key, count in counts.items():
-            edges = stats.edges[key]
+            edges = stats.edges.get(key)
+            if edges is None:
+                continue
             edges.live -= 1
             edges.links -= count
             edges.joined -= min(count, edges.joined)

@@ -105,7 +105,7 @@ class Workflows:
             self._ignored.update(read.ignored)
         prompt = self._messages.read(request.tenant, request.route, request.model, request.body, now)
         if "x-stainless-retry-count" in request.headers and (
-            again := self._retried(request, (prompt.whole, read.run, read.node), now)
+            again := self._retried(request, prompt, (prompt.whole, read.run, read.node), now)
         ):
             return again
         tenant = self._tenant(request.tenant)
@@ -117,7 +117,7 @@ class Workflows:
             known = read.parents is not None and not self._runs.ambiguous(home, read.parents)
             links = infer(tenant.replies, prompt, home, read.workflow, prefix_only=known)
             if read.parents is None and prompt.previous is not None:
-                links = self._previous(tenant, prompt, home, links)
+                links = self._previous(request, tenant, prompt, home, links)
         if self.settings.strict and read.parents:
             self._runs.check_parents(home, base, read.parents)
         run = self._runs.choose(request, read, base, home, links if read.parents is None else [], now=now)
@@ -136,7 +136,7 @@ class Workflows:
         )
         return Arrival(call.id, run.id, run.workflow, call.node, run.template, hints, tenant=run.tenant)
 
-    def _retried(self, request: CallRequest, key: tuple[Any, ...], now: float) -> Arrival | None:
+    def _retried(self, request: CallRequest, prompt: Prompt, key: tuple[Any, ...], now: float) -> Arrival | None:
         """The arrival of a retry: the same call once more. `key`: its prompt (tenant and model in it) and tags."""
         original = self._runs.call(self._bodies.get(key, ""))
         if request.headers["x-stainless-retry-count"].strip() in ("", "0") or original is None:
@@ -152,6 +152,7 @@ class Workflows:
         original.retries += 1
         if not original.live:
             original.state, original.fate = "queued", None
+            self._pending[original.id] = prompt.messages
             run.in_flight += 1
             self._runs.touch(run, now)
         forecast = self._forecast(run, now)
@@ -181,10 +182,14 @@ class Workflows:
             if tenant is not None:
                 tenant.replies.forget(call)
 
-    def _previous(self, tenant: _Tenant, prompt: Prompt, home: Run | None, links: list[Link]) -> list[Link]:
+    def _previous(
+        self, request: CallRequest, tenant: _Tenant, prompt: Prompt, home: Run | None, links: list[Link]
+    ) -> list[Link]:
         """A Responses call's `previous_response_id` names its parent outright."""
         assert prompt.previous is not None
-        parent = self._runs.call(prompt.previous) or tenant.replies.by_response(prompt.previous)
+        parent = self._runs.call(prompt.previous)
+        if parent is None or parent.run.tenant != request.tenant:
+            parent = tenant.replies.by_response(prompt.previous)
         if parent is None or parent.run.state != "live":
             return links
         if home is not None and home.explicit and parent.run is not home and parent.run.explicit:

@@ -340,3 +340,45 @@ async def test_at_once_a_breaker_that_opens_meanwhile_is_waited_for() -> None:
     assert (opened, assignment.worker) == (["w0:1"], "w0:1")
     dispatcher.release(assignment, ok=True)
     assert idle(dispatcher)
+
+
+async def test_a_call_in_the_lane_of_a_worker_that_goes_away_waits_for_it_to_come_back() -> None:
+    dispatcher, pool = make("demo", "demo", default_running=1, no_worker_wait_s=0.05)
+    first = await dispatcher.acquire(call("a", prefer="w0:1"))
+    bound = asyncio.create_task(dispatcher.acquire(call("b", prefer="w0:1")))
+    await asyncio.sleep(0.01)
+    pool["w0:1"].breaker = Breaker(failures=1, cooldown_s=0.02)
+    pool["w0:1"].breaker.record(False, time.monotonic())
+    dispatcher.release(first, ok=True)
+    await asyncio.sleep(0.01)
+    assert not bound.done(), "nobody else could answer it"
+    dispatcher.release(await dispatcher.acquire(call("c")), ok=True)
+    dispatcher.tick(time.monotonic())
+    await asyncio.sleep(0.03)
+    dispatcher.tick(time.monotonic())
+    assignment = await asyncio.wait_for(bound, 5)
+    assert assignment.worker == "w0:1", "the breaker has closed by time"
+    dispatcher.release(assignment, ok=True)
+    assert idle(dispatcher)
+
+
+async def test_a_call_whose_own_worker_stays_away_is_told_so() -> None:
+    dispatcher, pool = make("demo", "demo", default_running=1, no_worker_wait_s=5)
+    first = await dispatcher.acquire(call("a", prefer="w0:1"))
+    bound = asyncio.create_task(dispatcher.acquire(call("b", prefer="w0:1")))
+    await asyncio.sleep(0.01)
+    pool["w0:1"].state = "down"
+    dispatcher.worker_changed(pool["w0:1"])
+    dispatcher.release(first, ok=False)
+    await asyncio.sleep(0)
+    now = time.monotonic()
+    dispatcher.tick(now)
+    dispatcher.tick(now + 4)
+    await asyncio.sleep(0)
+    assert not bound.done()
+    dispatcher.tick(now + 6)
+    with pytest.raises(NoWorker, match="continues"):
+        await asyncio.wait_for(bound, 5)
+    assert idle(dispatcher)
+    dispatcher.tick(now + 7)
+    assert not dispatcher._stranded

@@ -101,3 +101,22 @@ def test_workflows_without_a_name_take_turns_as_one() -> None:
         queue.charge(first, 10.0)
     assert order[:2] in (["named", "0"], ["0", "named"]), "they take turns with the named one"
     assert [name for name in order if name != "named"] == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_beyond_a_number_of_workflows_the_others_of_a_tenant_take_turns_as_one() -> None:
+    queue = Queue()
+    calls = [call(f"{i}", rank=i, group=f"workflow {i}") for i in range(1_000)]
+    other = call("other", group="its own", tenant="u")
+    for one in [*calls, other]:
+        queue.push(one)
+        queue.place(one, "w", 1)
+    assert len(queue.lanes["w"].groups) == 256 + 1 + 1
+    assert other.turns == ("u", "its own")
+    for one in [*calls, other]:
+        assert queue.remove(one)
+    assert len(queue) == 0
+    assert not queue._waiting
+    assert not queue._turns
+    again = call("again", group="workflow 999")
+    queue.push(again)
+    assert again.turns == ("t", "workflow 999"), "there is room for its own turn again"

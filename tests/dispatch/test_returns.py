@@ -194,3 +194,17 @@ def test_where_nothing_comes_back_nothing_is_kept_after_the_first_wait() -> None
     awaited.arrived((9_999, 1), now)
     awaited.finished(KEY, (10_000,), "w", 20, 60.0, now)
     assert awaited.kept("w") == 20, "until one does"
+
+
+def test_each_place_is_judged_at_its_own_time() -> None:
+    awaited = Returns()
+    finish(awaited, now=0.0)
+    finish(awaited, now=9.0)
+    believed = awaited.habit(KEY).probability
+    awaited.expire(10.6)
+    assert awaited.habit(KEY).probability == believed, "the first has been replaced, the second has not had its time"
+    assert awaited.arrived(NEXT, 11.0) == "w"
+    finish(awaited, now=12.0)
+    believed = awaited.habit(KEY).probability
+    awaited.expire(22.0)
+    assert awaited.habit(KEY).probability < believed

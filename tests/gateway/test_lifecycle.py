@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import httpx
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -319,3 +321,25 @@ async def test_plans_end_with_the_proxy(stack: Stack) -> None:
     await until(lambda: proxy.services.in_flight == 0)
     done = (await proxy.client.get(f"/v1/workflows/{job['id']}", params={"wait_s": 5})).json()
     assert done["status"] == "completed"
+
+
+async def test_embedded_engines_end_with_a_proxy_that_is_killed() -> None:
+    async with serving(engine__count=2) as process, http_client(process.url) as client:
+        workers = (await client.get("/helium/workers")).json()["workers"]
+        await until(lambda: all_up(client), what="engines up")
+        process.child.kill()
+
+        async def gone() -> bool:
+            for worker in workers:
+                with contextlib.suppress(httpx.TransportError):
+                    await client.get(f"{worker['url']}/health")
+                    return False
+            return True
+
+        assert len(workers) == 2
+        await until(gone, what="engines gone")
+
+
+async def all_up(client: httpx.AsyncClient) -> bool:
+    workers = (await client.get("/helium/workers")).json()["workers"]
+    return all(worker["state"] == "up" for worker in workers)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from serving import CHAT, Proxy, Seen, Stack, chat, until
 
+from helium_proxy import metrics
 from helium_proxy.dispatch.state import Assignment, QueuedCall
 from helium_proxy.errors import QueueFull
 
@@ -136,6 +137,25 @@ async def test_a_silent_worker_is_given_up(stack: Stack) -> None:
     assert response.json()["error"]["code"] == "upstream_error"
 
 
+async def test_a_stream_that_falls_silent_after_its_head_was_too_slow_and_not_lost(stack: Stack) -> None:
+    async def head_only(seen: Seen) -> None:
+        await seen.open_stream()
+        await seen.write(b"")
+        await hang(seen)
+
+    def retries(reason: str) -> float:
+        return metrics.REGISTRY.get_sample_value("helium_retries_total", {"reason": reason}) or 0.0
+
+    proxy = await stack.proxy(
+        await stack.fake(always=head_only), await stack.fake(always=head_only), pool={"read_timeout_s": 0.05}
+    )
+    slow, lost = retries("timeout"), retries("lost")
+    async with proxy.stream() as response:
+        assert response.status_code == 502
+    assert retries("timeout") > slow
+    assert retries("lost") == lost
+
+
 async def test_a_submitted_plan_adds_nothing_to_a_full_queue(stack: Stack) -> None:
     """Its calls are refused before anything is noted of them: they are tried again, maybe many times."""
     worker = await stack.fake(always=hang)
@@ -191,3 +211,37 @@ async def test_calls_that_name_no_model_of_several_are_bounded_too(stack: Stack)
     assert set(answers) == {(429, "queue_full"), (504, "deadline_exceeded")}
     assert await error_of(proxy, json={**body, "model": "three"}) == (504, "deadline_exceeded")
     assert await error_of(proxy, "/v1/any/other", json=body) == (504, "deadline_exceeded")
+
+
+async def test_the_queue_s_gauge_follows_a_model_whose_workers_are_gone(stack: Stack) -> None:
+    def waiting() -> float | None:
+        return metrics.REGISTRY.get_sample_value("helium_queue_calls", {"model": "demo"})
+
+    worker = await stack.fake(always=hang)
+    proxy = await stack.proxy(worker, dispatch={"default_running": 1, "no_worker_wait_s": 2})
+    calls = [asyncio.create_task(proxy.chat(str(i))) for i in range(4)]
+    await until(lambda: waiting() == 3)
+    await worker.server.kill()
+    await asyncio.gather(*calls)
+    await until(lambda: waiting() == 0)
+
+
+async def test_models_that_nobody_has_take_no_label_from_those_that_are(stack: Stack) -> None:
+    proxy = await stack.proxy(engine={"count": 0}, dispatch={"no_worker_wait_s": 0.01})
+    calls = [proxy.client.post(CHAT, json=chat(str(i)) | {"model": f"made up {i}"}) for i in range(60)]
+    assert {response.status_code for response in await asyncio.gather(*calls)} == {503}
+    assert "made_up" not in metrics.render()[0].decode()
+
+
+async def test_a_form_with_many_marks_is_read_in_one_pass(stack: Stack) -> None:
+    async def any_body(seen: Seen) -> None:
+        await seen.json({"text": "heard"})
+
+    worker = await stack.fake(always=any_body)
+    proxy = await stack.proxy(worker)
+    body = b'name="model"\r\n' * 100_000  # minutes where each mark is searched from to the end
+    response = await proxy.client.post(
+        "/v1/audio/transcriptions", content=body, headers={"content-type": "multipart/form-data; boundary=x"}
+    )
+    assert response.status_code == 200
+    assert worker.seen[-1].raw == body

@@ -220,3 +220,66 @@ async def test_a_removal_that_another_has_taken_back_says_so(stack: Stack) -> No
     await proxy.client.post("/helium/workers", json={"url": worker.url})
     call.cancel()
     assert (await removal).json()["state"] in ("starting", "up")
+
+
+async def test_a_removal_takes_nothing_from_the_worker_that_has_come_in_its_place(stack: Stack) -> None:
+    leave = asyncio.Event()
+
+    async def slow(seen: Seen) -> None:
+        await leave.wait()
+        await answer(seen)
+
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    path = f"/helium/workers/{worker.url.removeprefix('http://')}"
+    worker.then = [slow]
+    call = asyncio.create_task(proxy.chat())
+    await until(lambda: worker.inside)
+    patient = asyncio.create_task(proxy.client.delete(path, params={"drain_s": 30}))
+    await until(lambda: [w.state for w in proxy.services.pool] == ["draining"])
+    assert (await proxy.client.delete(path, params={"drain_s": 0})).json()["state"] == "removed"
+    assert (await proxy.client.post("/helium/workers", json={"url": worker.url})).status_code == 201
+    await proxy.up(1)
+    leave.set()
+    assert (await call).status_code == 200
+    assert (await patient).json()["state"] == "up", "another one, which stays"
+    assert [w.state for w in proxy.services.pool] == ["up"]
+    assert (await proxy.chat("again")).status_code == 200
+
+
+async def test_a_call_that_outlives_its_worker_leaves_no_series_behind(stack: Stack) -> None:
+    leave = asyncio.Event()
+
+    async def slow(seen: Seen) -> None:
+        await leave.wait()
+        await answer(seen)
+
+    worker, other = await stack.fake(), await stack.fake()
+    proxy = await stack.proxy(worker, other)
+    name = worker.url.removeprefix("http://")
+    worker.always = other.always = slow
+    calls = [asyncio.create_task(proxy.chat(str(i))) for i in range(4)]
+    await until(lambda: worker.inside and other.inside)
+    assert (await proxy.client.delete(f"/helium/workers/{name}", params={"drain_s": 0})).status_code == 200
+    leave.set()
+    assert [response.status_code for response in await asyncio.gather(*calls)] == [200] * 4
+    exposition = metrics.render()[0].decode()
+    assert f'worker="{other.url.removeprefix("http://")}"' in exposition
+    assert f'worker="{name}"' not in exposition
+
+
+async def test_pages_of_other_sites_change_nothing(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    name = worker.url.removeprefix("http://")
+    own = {"origin": proxy.url}
+    for foreign in ({"origin": "https://evil.example"}, {"origin": "null"}, {"origin": "http://127.0.0.1:1"}):
+        added = await proxy.client.post("/helium/workers", json={"url": "http://evil:1"}, headers=foreign)
+        assert (added.status_code, added.json()["error"]["code"]) == (403, "insufficient_permissions")
+        for path in (f"workers/{name}", "cache", "runs/r"):
+            assert (await proxy.client.delete(f"/helium/{path}", headers=foreign)).status_code == 403
+        assert (await proxy.client.get("/helium/workers", headers=foreign)).status_code == 200
+    assert (await proxy.client.delete("/helium/cache", headers=own)).status_code == 200
+    behind = {"origin": "https://proxy.example", "x-forwarded-host": "proxy.example"}
+    assert (await proxy.client.delete("/helium/cache", headers=behind)).status_code == 200
+    assert (await proxy.client.delete("/helium/cache")).status_code == 200

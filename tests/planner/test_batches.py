@@ -11,8 +11,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
-from helium_proxy.errors import InvalidRequest, NotFound, QueueFull
-from helium_proxy.gateway.batches import parse_form
+from helium_proxy.errors import NotFound, QueueFull
 from helium_proxy.planner.batch import InvalidLines, parse_lines
 from helium_proxy.planner.execute import CallResult
 from helium_proxy.planner.files import FileStore
@@ -260,11 +259,19 @@ async def test_batches_are_bounded(sites: Any) -> None:
     await ended(site, third)
 
 
-async def test_no_room_for_the_results_fails_the_batch(sites: Any) -> None:
-    site = sites(max_files=1)
-    batch = await ended(site, await batch_of(site, line("a")))
-    assert batch["status"] == "failed"
-    assert "no room" in batch["errors"]["data"][0]["message"]
+async def test_answers_always_have_room_and_without_room_nothing_is_begun(sites: Any) -> None:
+    site = sites(FakePort(hold=True), max_files=2)
+    batch = await batch_of(site, line("a"))
+    while not site.port.running:
+        await asyncio.sleep(0)
+    await upload(site, b"the last that is taken")
+    body = {"input_file_id": batch["input_file_id"], "endpoint": CHAT, "completion_window": "24h"}
+    refused = await site.client.post("/v1/batches", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    site.port.release()
+    done = await ended(site, batch)
+    assert done["status"] == "completed"
+    assert [one["custom_id"] for one in await lines_of(site, done["output_file_id"])] == ["a"]
 
 
 async def test_close_ends_running_batches(sites: Any) -> None:
@@ -276,12 +283,33 @@ async def test_close_ends_running_batches(sites: Any) -> None:
     assert site.port.running == 0
 
 
-async def test_form_parts() -> None:
-    request = httpx.Request("POST", "http://x", files={"file": ("a", b"1\r\n--2\r\n\r\n")}, data={"purpose": "batch"})
-    form = await parse_form(request.read(), request.headers["content-type"])
-    assert form == {"purpose": (None, b"batch"), "file": ("a", b"1\r\n--2\r\n\r\n")}
-    with pytest.raises(InvalidRequest):
-        await parse_form(request.read()[:-30], request.headers["content-type"])
+@pytest.mark.parametrize("content", [b"1\r\n--2\r\n\r\n", b"x" * 3_000_000, b""], ids=["marks", "large", "empty"])
+async def test_an_upload_comes_back_as_it_was(sites: Any, content: bytes) -> None:
+    site = sites(FakePort(), max_file_bytes=5_000_000)
+    post = site.client.post
+    sent = await post("/v1/files", files={"file": ("a.jsonl", content)}, data={"purpose": "batch"})
+    assert (sent.status_code, sent.json()["bytes"], sent.json()["filename"]) == (200, len(content), "a.jsonl")
+    assert (await site.client.get(f"/v1/files/{sent.json()['id']}/content")).content == content
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"files": {"file": b"x"}}, "'purpose' must be batch"),
+        ({"files": {"other": b"x"}, "data": {"purpose": "batch"}}, "'file' is missing"),
+        ({"files": [("file", b"x"), ("file", b"y")], "data": {"purpose": "batch"}}, "Too many files"),
+        ({"files": {"file": b"x"}, "data": {f"field{i}": "x" for i in range(17)}}, "Too many fields"),
+        (
+            {"content": b"--x\r\n\r\n", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+            "not a multipart",
+        ),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, "Missing boundary"),
+    ],
+)
+async def test_a_form_that_is_none(sites: Any, form: dict[str, Any], said: str) -> None:
+    answer = await sites(FakePort()).client.post("/v1/files", **form)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from helium_proxy.plan import Plan
+from helium_proxy.planner.cost import PlanWorker
 from helium_proxy.planner.explain import explain_text
 from helium_proxy.planner.pipeline import Planning, make_physical
 from helium_proxy.planner.plan import load_plan, parse_plan
@@ -80,7 +81,8 @@ def test_examples_can_be_planned(path: Path) -> None:
 
 def test_the_explanation_in_the_page_is_what_is_printed() -> None:
     (shown,) = blocks("text")
-    printed = explain_text(make_physical(load_plan(ROOT / "configs/workflows/map-reduce.yaml"), Planning()))
+    planning = Planning(workers=[PlanWorker("w0")])
+    printed = explain_text(make_physical(load_plan(ROOT / "configs/workflows/map-reduce.yaml"), planning))
     timing = re.compile(r"planned in \d+ ms")
     assert timing.sub("", printed).startswith(timing.sub("", shown))
 

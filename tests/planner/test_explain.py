@@ -154,6 +154,8 @@ def test_a_model_that_no_worker_serves_is_warned_of() -> None:
     anything = replace(made, workers=(*workers, PlanWorker("w2")))
     assert explain_json(anything)["warnings"] == []
     assert "Warning" not in explain_text(anything)
+    nobody = make_physical(parse_plan({"model": "small", "nodes": nodes}), Planning())
+    assert explain_json(nobody)["warnings"] == ["no worker is up: planned for one of usual speed"]
 
 
 def test_many_failures_are_cut() -> None:

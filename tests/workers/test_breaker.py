@@ -61,7 +61,7 @@ def test_a_probe_that_fails_waits_longer_each_time_up_to_eight_fold() -> None:
             now += 0.25
         waits.append(now - start)
         made.sent(now)
-        made.record(False, now)
+        assert made.record(False, now), "it has opened again"
     assert waits == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
 
 

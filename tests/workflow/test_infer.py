@@ -310,3 +310,15 @@ def test_strange_bodies_do_no_harm() -> None:
         for prompt in ("text", ["a", "b"], [1, 2, 3], [[1], [2]], None, {"x": 1}):
             driver.finish(driver.arrive([], route=route, body={"prompt": prompt, "input": prompt}).call, None)
     assert driver.workflows.statistics().failures == 0
+
+
+def test_previous_response_id_names_no_other_tenant_s_call() -> None:
+    driver = Driver()
+    theirs = driver.call([user("q")], "Sunny.", id_="chatcmpl-easy-to-guess")
+    for extra in ({}, {"headers": {"x-claude-code-session-id": "mine"}}):
+        body = {"previous_response_id": theirs.call}
+        mine = driver.call([user("and?")], "Rain.", tenant="u", body=body, **extra)
+        assert mine.run != theirs.run
+    assert driver.all_edges() == set()
+    assert {run["tenant"] for run in driver.workflows.runs(tenant="t")} == {"t"}
+    assert len(driver.workflows.runs(tenant="t")) == 1

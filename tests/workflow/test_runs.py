@@ -8,7 +8,7 @@ import networkx as nx
 import pytest
 
 from helium_proxy.errors import InvalidRequest
-from helium_proxy.workflow import WorkflowSettings
+from helium_proxy.workflow import WorkflowSettings, graph
 from helium_proxy.workflow.graph import Run
 
 from .driver import Driver, system, user
@@ -301,3 +301,56 @@ def test_a_forgotten_run_does_not_wait_for_the_garbage_collector() -> None:
         gc.enable()
     assert known >= left == 3
     assert driver.workflows.statistics().replies == 6
+
+
+def test_children_that_wait_for_a_name_are_not_searched_when_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = []
+    monkeypatch.setattr(graph, "below", lambda calls: searched.append(calls) or set())
+    driver = Driver()
+    driver.call([user("0")], run="r", node="n0", parents=["X"])
+    for i in range(1, 50):
+        driver.call([user(f"{i}")], run="r", node=f"n{i}", parents=["X", f"n{i - 1}"])
+    last = driver.call([user("x")], run="r", node="X", parents=[])
+    assert len(driver.edges("r")) == 49 + 50
+    assert sum(parent == last.call for parent, _ in driver.edges("r")) == 50
+    assert not searched, "nothing is above a call without parents"
+
+
+def test_a_run_that_never_ends_remembers_no_more_than_its_calls() -> None:
+    driver = Driver(WorkflowSettings(max_calls_per_run=50))
+    for i in range(400):
+        driver.call([user(f"{i}")], run="r", node=f"node {i}")
+    run = driver.workflows._runs.of("t", "r")
+    assert run is not None
+    assert len(run.calls) == len(run.occurrences) == len(run.counts) == 50
+
+
+def test_names_of_a_run_are_bounded() -> None:
+    driver = Driver()
+    driver.call([user("0")], run="r", node="n")
+    runs = driver.workflows._runs
+    run = runs.of("t", "r")
+    assert run is not None
+    for i in range(3_000):
+        runs._alias(run, f"child {i}")
+    assert len(runs._aliases[run.seq]) == 1_000
+    assert sum(found is run for found in runs._names.values()) == 1_000
+    assert runs.of("t", "r") is run, "its id is never forgotten"
+    assert runs.of("t", "child 2999") is run
+    assert runs.of("t", "child 0") is None
+
+
+def test_a_retry_s_reply_says_nothing_that_its_own_prompt_said() -> None:
+    document = "The treaty of Verdun divided the empire among three brothers in August of 843."
+    for failed in (False, True):
+        driver = Driver()
+        headers = {"x-stainless-retry-count": "0"}
+        asked = [user(f"Quote this: {document}")]
+        first = driver.arrive(asked, headers=headers)
+        if failed:
+            driver.finish(first.call, fate="error", status=503)
+            again = driver.arrive(asked, headers={"x-stainless-retry-count": "1"})
+            assert again.call == first.call
+        driver.finish(first.call, f"He said: {document}")
+        driver.call([user(f"Date this: {document}")], "843.")
+        assert driver.all_edges() == set()

@@ -383,3 +383,17 @@ def test_batches_in_flight_close_their_counts() -> None:
             for edge in stats.edges.values():
                 assert edge.live == 0
                 assert edge.links >= edge.joined >= 0
+
+
+def test_a_template_that_was_dropped_while_its_run_lived_costs_nothing() -> None:
+    driver = Driver(WorkflowSettings(max_templates=2))
+    driver.call([user("1")], run="slow", workflow="slow", node="a")
+    driver.call([user("2")], run="slow", workflow="slow", node="b", parents=["a"])
+    for i in range(5):
+        driver.call([user(f"{i}")], run=f"r{i}", workflow=f"w{i}", node="n")
+        driver.workflows.end_run(f"r{i}")
+    driver.call([user("3")], run="slow", workflow="slow", node="c", parents=["b"])
+    assert driver.workflows.end_run("slow")
+    assert driver.workflows.statistics().failures == 0
+    driver.now += 1_000
+    driver.workflows.tick(driver.now)
