@@ -86,7 +86,6 @@ def _hint(nodes: Sequence[Node]) -> None:
                 path_calls=longest.hints.path_calls + 1,
                 path_output_tokens=longest.hints.path_output_tokens + longest.output.tokens,
                 path_prompt_tokens=longest.hints.path_prompt_tokens + longest.prompt_tokens,
-                descends=len(after),
             )
 
 

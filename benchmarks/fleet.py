@@ -249,11 +249,9 @@ class Fleet:
             group="workflow",
             node=node.name,
             hints=Hints(
-                output_samples=1,
                 path_calls=hints.path_calls,
                 path_output_tokens=hints.path_output_tokens,
                 path_prompt_tokens=hints.path_prompt_tokens,
-                descends=hints.descends,
                 last=hints.last,
                 run_seq=seq,
             ),

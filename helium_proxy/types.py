@@ -41,8 +41,6 @@ class Hints:
 
     output_tokens: float | None = None
     """Expected output length from the node's profile; None: never seen."""
-    output_samples: int = 0
-    """How many completed calls that expectation rests on."""
     path_calls: int = 0
     """Calls that must still follow this one in sequence (longest chain) before the run ends."""
     path_output_tokens: float = 0.0
@@ -51,12 +49,8 @@ class Hints:
     """Expected prompt tokens along that chain, this call's own excluded."""
     siblings_to_come: int = 0
     """Calls sharing this call's parents (its fan-out) that the template expects and that have not arrived."""
-    descends: int = 0
-    """Calls of this run expected after this one in all, on any path."""
     last: bool = False
     """(Almost) nothing ever follows this call, as runs that have ended show, or the plan says."""
-    static_messages: int = 0
-    """Leading messages that are equal in every run of this node (0: not known)."""
     run_seq: int = 0
     """Arrival order of the run within the process: smaller is older. 0: no run."""
     row: int | None = None

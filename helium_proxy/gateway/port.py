@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import orjson
@@ -147,6 +148,7 @@ def plan_deps(services: Services, llm: LlmRoutes) -> PlanDeps:
         workers=workers,
         cache_lookup=cached,
         count=count,
+        profile=lambda tenant: partial(services.workflows.output_tokens, tenant),
         next_run_seq=lambda: next(sequence),
         clock=services.clock,
         wall=services.wall,

@@ -98,16 +98,6 @@ class NodeTemplate:
         limit = self.params.get("max_completion_tokens") or self.params.get("max_tokens")
         return limit if isinstance(limit, int) else None
 
-    @property
-    def static_messages(self) -> int:
-        """Leading messages without placeholders."""
-        count = 0
-        for message in self.messages:
-            if not self.literal and any(isinstance(p, Reference) for t in message.texts() for p in split_template(t)):
-                break
-            count += 1
-        return count
-
 
 def make_template(
     node: str,

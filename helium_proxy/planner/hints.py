@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 
 from helium_proxy.planner.pipeline import PhysicalPlan
 from helium_proxy.types import Hints
@@ -19,14 +18,12 @@ class PlanHints:
         consumers = plan.graph.consumers()
         # The longest chain behind each operator: (output tokens, prompt tokens, calls).
         self._path: dict[int, tuple[float, float, int]] = {}
-        self._descends: dict[int, int] = {}
         for id_ in reversed(list(tree.paths)):
             best = (0.0, 0.0, 0)
             for consumer in consumers[id_]:
                 output, prompt, calls = self._path[consumer]
                 best = max(best, (output + tree.lengths[consumer], prompt + tree.prompts[consumer], calls + 1))
             self._path[id_] = best
-        self._descends = _count_descendants(consumers, list(tree.paths))
         # All mutable state: how many operators with the same inputs have not started yet, and who has.
         self._family = {id_: operators[id_].deps or (-1 - operators[id_].row,) for id_ in tree.paths}
         self._to_come = Counter(self._family.values())
@@ -40,29 +37,12 @@ class PlanHints:
         self._started.add(id_)
         return Hints(
             output_tokens=tree.lengths[id_],
-            output_samples=1,
             path_calls=calls,
             path_output_tokens=output,
             path_prompt_tokens=prompt,
             siblings_to_come=self._to_come[self._family[id_]],
-            descends=self._descends[id_],
-            last=not self._descends[id_],
-            static_messages=self.plan.graph.operators[id_].template.static_messages,
+            last=not calls,
             run_seq=self.run_seq,
             row=self.plan.graph.operators[id_].row,
             plan_rank=self.plan.rank[id_],
         )
-
-
-def _count_descendants(consumers: Mapping[int, list[int]], ids: list[int]) -> dict[int, int]:
-    """Operators that follow from each, on any path: sets as bit masks, a row's operators at a time being few."""
-    masks: dict[int, int] = {}
-    bits: dict[int, int] = {}
-    counts = {}
-    for id_ in reversed(ids):
-        mask = 0
-        for consumer in consumers[id_]:
-            mask |= masks[consumer] | (1 << bits.setdefault(consumer, len(bits)))
-        masks[id_] = mask
-        counts[id_] = mask.bit_count()
-    return counts

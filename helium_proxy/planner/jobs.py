@@ -55,7 +55,8 @@ class PlannerDeps:
     """A snapshot of the workers to plan for."""
     cache_lookup: CacheLookup | None = None
     count: Count = count_chars
-    profile: Profile | None = None
+    profile: Callable[[str], Profile] | None = None
+    """Tenant → the output lengths that its workflows' earlier runs have shown. Asked in a thread."""
     next_run_seq: Callable[[], int] = field(default_factory=_sequence)
     """The process's counter of runs: a job is one run to the dispatcher."""
     clock: Callable[[], float] = time.monotonic
@@ -148,11 +149,12 @@ class JobStore:
     async def plan(self, tenant: str, raw: Any) -> PhysicalPlan:
         """Check and plan a workflow. Raises `InvalidRequest`."""
         settings = self.deps.settings
-        return await self._plan(lambda: expand(parse_plan(raw, settings), settings), self._lookup(tenant))
+        return await self._plan(tenant, lambda: expand(parse_plan(raw, settings), settings), self._lookup(tenant))
 
-    async def _plan(self, make: Callable[[], OperatorGraph], lookup: Lookup | None) -> PhysicalPlan:
+    async def _plan(self, tenant: str, make: Callable[[], OperatorGraph], lookup: Lookup | None) -> PhysicalPlan:
         deps = self.deps
-        planning = Planning(deps.settings, deps.workers(), deps.count, deps.profile, lookup)
+        profile = deps.profile(tenant) if deps.profile is not None else None
+        planning = Planning(deps.settings, deps.workers(), deps.count, profile, lookup)
         async with self._planners:
             return await asyncio.to_thread(lambda: optimize(make(), planning))
 
@@ -192,7 +194,7 @@ class JobStore:
         self._reserved[tenant] = self._reserved.get(tenant, 0) + 1
         try:
             # A CacheFetch knows the text only: where whole answers are wanted, the call itself meets the cache.
-            plan = await self._plan(make, None if keep_bodies else self._lookup(tenant))
+            plan = await self._plan(tenant, make, None if keep_bodies else self._lookup(tenant))
         finally:
             self._reserved[tenant] -= 1
             if not self._reserved[tenant]:

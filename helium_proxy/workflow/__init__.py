@@ -4,7 +4,7 @@
 """
 
 from helium_proxy.workflow.forecast import Prediction
-from helium_proxy.workflow.reply import Reply, StreamedReply, reply_of
+from helium_proxy.workflow.reply import Reply, reply_of
 from helium_proxy.workflow.settings import WorkflowSettings
 from helium_proxy.workflow.skeleton import Rendered
 from helium_proxy.workflow.store import MemoryTemplateStore, SqliteTemplateStore, TemplateStore
@@ -19,7 +19,6 @@ __all__ = [
     "Reply",
     "RunEnd",
     "SqliteTemplateStore",
-    "StreamedReply",
     "TemplateStore",
     "WorkflowSettings",
     "WorkflowStatistics",

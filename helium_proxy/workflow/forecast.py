@@ -171,15 +171,11 @@ class Forecast:
         profile = self._profile(call)
         if profile is not None and profile.output.n:
             known["output_tokens"] = profile.output.mean
-            known["output_samples"] = profile.output.n
         node = self._known(call)
         if node is not None:
             known["path_calls"], known["path_output_tokens"], known["path_prompt_tokens"] = node.path
-            descends = self.descends((call.base, call.iteration))
-            known["descends"] = round(descends)
             # What has not followed yet in runs that still go may yet follow.
-            known["last"] = node.stats.closed > 0 and descends < _NEVER
-            known["static_messages"] = node.stats.static_messages
+            known["last"] = node.stats.closed > 0 and self.descends((call.base, call.iteration)) < _NEVER
         return known
 
     def group(self, call: Call) -> frozenset[Key]:

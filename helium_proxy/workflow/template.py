@@ -161,7 +161,6 @@ class Template:
         self.nodes: dict[Key, NodeStats] = {ROOT: NodeStats(ROOT)}
         self.runs = 0  # ended ones
         self.version = 0  # grows with everything learned
-        self.saved_version = 0
 
     def __repr__(self) -> str:
         return f"<Template {self.key}: {len(self.nodes) - 1} nodes, {self.runs} runs>"

@@ -45,7 +45,6 @@ class Templates:
                 _log.warning("stored template %r is not readable: %s", key, error)
         for key, template in reversed(loaded):
             self._templates[key] = template
-            template.saved_version = template.version
             for base, _ in template.nodes:
                 self.settle(template.tenant, base, key)
 
@@ -125,7 +124,6 @@ class Templates:
         for key in due if everything else due[:_SAVES_PER_TICK]:
             del self._dirty[key]
             template = self._templates[key]
-            template.saved_version = template.version
             try:
                 self._store.save(key, template.dump())
             except Exception:

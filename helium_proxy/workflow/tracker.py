@@ -312,6 +312,13 @@ class Workflows:
             self._counts["failures"] += 1
             _log.exception("the prompt of call %s was not learned", call)
 
+    def output_tokens(self, tenant: str, workflow: str, node: str) -> float | None:
+        """How long a node's replies were in this workflow's runs so far; None: not known. May be asked from any
+        thread."""
+        template = self._templates.peek(f"{tenant}/{workflow}" if tenant else workflow)
+        stats = template.nodes.get((node, 1)) if template is not None else None
+        return stats.output.mean if stats is not None and stats.output.n else None
+
     def rendered(self, call: str, prediction: Prediction) -> Rendered | None:
         """The prompt of a call that is expected after `call`, as far as it is known now."""
         found = self._runs.call(call)

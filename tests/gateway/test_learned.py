@@ -247,3 +247,22 @@ async def test_what_a_worker_leaves_out_when_nothing_was_cached_counts_as_nothin
         await proxy.chat(run, helium={"run": run})
     nodes = [(await proxy.client.get(f"/helium/runs/{run}")).json()["nodes"][0] for run in ("first", "second")]
     assert [node["cached_tokens"] for node in nodes] == [7, 0]
+
+
+async def test_plans_are_planned_with_the_lengths_that_earlier_runs_have_shown(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    nodes = [{"id": "a", "prompt": "{{inputs.q}}"}, {"id": "b", "prompt": "{{a}}"}]
+    plan = {"workflow": "known", "model": "demo", "nodes": nodes, "inputs": [{"q": "one"}, {"q": "two"}]}
+
+    async def lengths() -> set[int]:
+        answer = await proxy.client.post("/v1/workflows/explain", json=plan, params={"format": "json"})
+        return {operator["predicted_output_tokens"] for operator in answer.json()["operators"]}
+
+    assert await lengths() == {256}
+    job = (await proxy.client.post("/v1/workflows", json=plan)).json()
+    done = await proxy.client.get(f"/v1/workflows/{job['id']}", params={"wait_s": 10})
+    assert done.json()["status"] == "completed"
+    assert await lengths() == {2}
+    plan["workflow"] = "another"
+    assert await lengths() == {256}

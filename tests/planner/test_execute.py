@@ -83,11 +83,11 @@ async def test_calls_start_in_plan_order_with_its_worker_and_hints() -> None:
     assert {seen.worker for seen in port.seen} == {"w0", "w1"}
     assert {seen.tenant for seen in port.seen} == {"t"}
     assert first.hints is not None
-    assert (first.hints.path_calls, first.hints.path_output_tokens, first.hints.descends) == (1, 8.0, 1)
+    assert (first.hints.path_calls, first.hints.path_output_tokens, first.hints.last) == (1, 8.0, False)
     assert first.hints.path_prompt_tokens == run.plan.tree.prompts[2]
     assert (first.hints.output_tokens, first.hints.run_seq, first.hints.row) == (8.0, 7, 0)
     assert last.hints is not None
-    assert (last.hints.path_calls, last.hints.descends, last.hints.siblings_to_come) == (0, 0, 0)
+    assert (last.hints.path_calls, last.hints.last, last.hints.siblings_to_come) == (0, True, 0)
     siblings = [
         seen.hints.siblings_to_come for seen in port.seen if seen.hints and seen.headers["x-helium-run"] == "wf_1/0"
     ]

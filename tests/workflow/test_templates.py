@@ -123,18 +123,14 @@ def test_hints_on_a_known_workflow() -> None:
     # analyst, bull, bear, manager, trader, nine of risk, fund manager
     assert first.path_calls == 3 + 1 + 9 + 1
     assert trader.path_calls == 10
-    assert fund.path_calls == fund.descends == 0
+    assert fund.path_calls == 0
     assert [hint.last for hint in (first, trader, fund)] == [False, False, True]
     assert first.siblings_to_come == 3
     assert hints["technical"].siblings_to_come == 0
     assert [hints[f"trader{at}"].siblings_to_come for at in (0, 3, 7)] == [7, 4, 0]
-    assert trader.descends == pytest.approx(10, abs=1)
-    assert first.descends == pytest.approx(84, rel=0.1)
     assert trader.output_tokens == pytest.approx(120, rel=0.25)
     assert trader.path_output_tokens == pytest.approx(3 * 80 + 3 * 90 + 3 * 100 + 300, rel=0.1)
     assert trader.path_prompt_tokens == pytest.approx(3 * 800 + 3 * 1_100 + 3 * 1_400 + 3_000, rel=0.1)
-    assert trader.static_messages == 1
-    assert trader.output_samples >= 32
     assert first.run_seq > 5
 
 
@@ -167,7 +163,7 @@ def test_what_has_not_been_followed_yet_in_runs_that_still_go_may_be() -> None:
         arrival = driver.arrive([system("x"), user("q")], workflow="shape", run=run, node="draft", parents=[])
         driver.finish(arrival.call)
     again = driver.arrive([system("x"), user("q")], workflow="shape", run="three", node="draft", parents=[])
-    assert (again.hints.output_samples, again.hints.descends, again.hints.last) == (2, 0, False)
+    assert not again.hints.last
 
 
 def test_fan_out_follows_what_the_run_has_shown() -> None:
@@ -240,7 +236,7 @@ def test_static_prefix_and_known_next_prompt() -> None:
     assert after.think_s == pytest.approx(0.1)
     assert not after.extends
     file = driver.arrive([*rules, user("case 9")], workflow="w", run="r9", node="file", parents=[a.call])
-    assert file.hints.static_messages == 2
+    assert file.hints.output_tokens == 10
 
 
 def test_a_conversation_is_expected_to_go_on() -> None:
