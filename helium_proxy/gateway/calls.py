@@ -28,7 +28,7 @@ from helium_proxy.reuse import (
     as_json,
     as_sse,
     changed,
-    retell,
+    gathered,
     retold,
 )
 
@@ -188,10 +188,7 @@ async def _whole(
 ) -> AsyncIterator[bytes]:
     """A stream as the JSON body that this request asked for."""
     request = ticket.request
-    async for body in retell(
-        chunks, route=request.route, from_stream=True, to_stream=False, new_id=request.id, request=request.body
-    ):
-        yield body
+    yield await gathered(chunks, route=request.route, new_id=request.id, request=request.body)
     if joined is not None:
         joined()
 

@@ -19,39 +19,18 @@ from helium_proxy.reuse.shared import Reader
 from helium_proxy.reuse.sse import EventSplitter, named_event, payload
 
 
-async def retell(
-    chunks: AsyncIterable[bytes],
-    *,
-    route: str,
-    from_stream: bool,
-    to_stream: bool,
-    new_id: str,
-    include_usage: bool = False,
-    request: Mapping[str, Any] | None = None,
-) -> AsyncIterator[bytes]:
-    """The bytes of a successful upstream answer as this request's answer.
-
-    A stream stays a stream with no event held back. Raises `UpstreamFailed` when a stream that was to become one JSON
-    body breaks off or carries an error, or a JSON body that was to become a stream is none.
-    """
-    if from_stream and to_stream:
-        async for out in changed(chunks, StreamRenamer(route, new_id, include_usage, request)):
-            yield out
-        return
-    if from_stream:
-        assembler = StreamAssembler(route)
-        async for chunk in chunks:
-            assembler.feed(chunk)
-        answer = assembler.result()
-        if answer is None:
-            raise UpstreamFailed("the worker's stream ended before its answer was complete")
-        yield orjson.dumps(renamed(answer, route, new_id, request))
-        return
-    body = b"".join([chunk async for chunk in chunks])
-    for piece in retold(
-        body, route=route, to_stream=to_stream, new_id=new_id, include_usage=include_usage, request=request
-    ):
-        yield piece
+async def gathered(
+    chunks: AsyncIterable[bytes], *, route: str, new_id: str, request: Mapping[str, Any] | None = None
+) -> bytes:
+    """The JSON body of an answer that comes as a stream. Raises `UpstreamFailed` where that breaks off or carries an
+    error."""
+    assembler = StreamAssembler(route)
+    async for chunk in chunks:
+        assembler.feed(chunk)
+    answer = assembler.result()
+    if answer is None:
+        raise UpstreamFailed("the worker's stream ended before its answer was complete")
+    return orjson.dumps(renamed(answer, route, new_id, request))
 
 
 def retold(
@@ -63,7 +42,8 @@ def retold(
     include_usage: bool = False,
     request: Mapping[str, Any] | None = None,
 ) -> list[bytes]:
-    """`retell` of a JSON body that is there already: the events of a stream, or one body."""
+    """A JSON body as this request's answer: the events of a stream, or one body. Raises `UpstreamFailed` where it is
+    none that a stream could be made of."""
     try:
         answer = orjson.loads(body)
         if isinstance(answer, dict):

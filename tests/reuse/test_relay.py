@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from helium_proxy.errors import UpstreamFailed
-from helium_proxy.reuse import StreamAssembler, retell
+from helium_proxy.reuse import StreamAssembler, StreamRenamer, changed, gathered, retold
 from helium_proxy.reuse.replay import events
 
 from .answers import ANSWERS, CHAT, RESPONSES
@@ -23,8 +23,24 @@ async def source(pieces: list[bytes], size: int = 9) -> AsyncIterator[bytes]:
         yield whole[start : start + size]
 
 
-async def told(pieces: list[bytes], route: str, **how: Any) -> bytes:
-    return b"".join([out async for out in retell(source(pieces), route=route, new_id="mine", **how)])
+async def told(
+    pieces: list[bytes],
+    route: str,
+    *,
+    from_stream: bool,
+    to_stream: bool,
+    include_usage: bool = False,
+    request: dict[str, Any] | None = None,
+) -> bytes:
+    if from_stream and to_stream:
+        change = StreamRenamer(route, "mine", include_usage, request)
+        return b"".join([out async for out in changed(source(pieces), change)])
+    if from_stream:
+        return await gathered(source(pieces), route=route, new_id="mine", request=request)
+    body, usage = b"".join(pieces), include_usage
+    return b"".join(
+        retold(body, route=route, to_stream=to_stream, new_id="mine", include_usage=usage, request=request)
+    )
 
 
 def understood(route: str, stream: bytes) -> dict[str, Any] | None:
@@ -74,8 +90,7 @@ async def test_a_stream_passes_event_by_event() -> None:
             heard.append(b"|")
 
     heard: list[bytes] = []
-    mine = retell(one_by_one(), route=CHAT, from_stream=True, to_stream=True, new_id="mine", include_usage=True)
-    async for out in mine:
+    async for out in changed(one_by_one(), StreamRenamer(CHAT, "mine", include_usage=True)):
         heard.append(out)  # noqa: PERF401 -- interleaved with the source's marks
     assert len(heard) == 2 * len(pieces)
     assert set(heard[1::2]) == {b"|"}, "nothing is held back until the next event"
