@@ -23,6 +23,21 @@ _VLLM = Campaign(
 )
 """Two real vLLM CPU engines. A token costs about 0.55 ms to prefill and, in a batch of ten, 1.6 ms to decode."""
 
+_MODES = replace(
+    _VLLM,
+    systems=(
+        "rr",
+        "sglang-balanced",
+        "vllm-router-kv",
+        "vllm-router-program",
+        "helium",
+        "helium-untagged",
+        "helium-plan",
+    ),
+    repeats=2,
+)
+"""The same shapes: the peers' other modes, and what tags and plans are worth."""
+
 _COMPACT = replace(_VLLM, options=replace(_VLLM.options, block_size=32), sizes="compact", scale=0.25)
 """The same with blocks and prompts of a third of the tokens or so: faster, and more of the time is overhead."""
 
@@ -118,6 +133,7 @@ _PREDICTIONS = replace(_COMPACT, systems=("helium", "helium-no-events"), repeats
 
 CAMPAIGNS: dict[str, Campaign] = {
     "vllm": _VLLM,
+    "modes": _MODES,
     "h100": _H100,
     "two_day": _TWO_DAY,
     "agents": _AGENTS,

@@ -54,6 +54,14 @@ _SECTIONS: tuple[sections.Section, ...] = (
         "client share two cores of a machine with neighbours, so that the ranges matter as much as the medians.",
     ),
     sections.campaign_section(
+        "modes",
+        "Six shapes on real vLLM: other modes, tags and plans",
+        "The same engines and batches. `sglang-balanced` balances from 4 calls of difference on (by default 64, more "
+        "than are in flight here); `vllm-router-kv` places by KV events; `vllm-router-program` is told which calls "
+        "are of one program. `helium` is told the workflow, run, node and parents of every call, `helium-untagged` "
+        "nothing, and to `helium-plan` the whole batch is submitted.",
+    ),
+    sections.campaign_section(
         "h100",
         "Six shapes on eight engines at an H100's rates",
         "Embedded engines behind the same real peers. Their rates are a roofline of published figures, here slowed "

@@ -92,12 +92,20 @@ def _vllm_router(*extra: str, events: bool = False) -> Callable[[Engines, int], 
     return command
 
 
-def _sglang_router(engines: Engines, port: int) -> list[str]:
-    python = build_peers.python_of("sglang-router")
-    line = [str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-    line += ["--worker-urls", *engines.urls, "--policy", "cache_aware", "--log-level", "warn"]
-    line += ["--worker-startup-check-interval", "1", "--prometheus-host", "127.0.0.1"]
-    return [*line, "--prometheus-port", str(free_port())]
+def _sglang_router(*extra: str) -> Callable[[Engines, int], list[str]]:
+    def command(engines: Engines, port: int) -> list[str]:
+        python = build_peers.python_of("sglang-router")
+        line = [str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+        line += ["--worker-urls", *engines.urls, "--policy", "cache_aware", "--log-level", "warn"]
+        line += ["--worker-startup-check-interval", "1", "--prometheus-host", "127.0.0.1"]
+        return [*line, "--prometheus-port", str(free_port()), *extra]
+
+    return command
+
+
+_BALANCED = ("--balance-abs-threshold", "4", "--balance-rel-threshold", "1.1")
+"""By default both routers balance from 64 calls of difference on, and half as many again: more than are in flight
+where two small engines are all there is."""
 
 
 def _litellm(engines: Engines, port: int) -> list[str]:
@@ -155,7 +163,8 @@ SYSTEMS: dict[str, System] = {
             decorate=program,
             peer="vllm-router",
         ),
-        System("sglang", "peer", _sglang_router, registered="/workers", peer="sglang-router"),
+        System("sglang", "peer", _sglang_router(), registered="/workers", peer="sglang-router"),
+        System("sglang-balanced", "peer", _sglang_router(*_BALANCED), registered="/workers", peer="sglang-router"),
         System(
             "litellm",
             "peer",
