@@ -63,11 +63,11 @@ def order(names: Sequence[str], turn: int) -> list[str]:
     return [*names[shift:], *names[:shift]]
 
 
-def describe(campaign: Campaign, running: engines.Engines) -> dict[str, Any]:
-    """What a reader must know to judge the figures."""
+def here_and_now() -> dict[str, Any]:
+    """When, where and of which code something is measured."""
     commit = ""
     with contextlib.suppress(OSError):  # no git here
-        line = ["git", "rev-parse", "--short", "HEAD"]
+        line = ["git", "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
     info = Path("/proc/cpuinfo")
     models = (
@@ -80,6 +80,13 @@ def describe(campaign: Campaign, running: engines.Engines) -> dict[str, Any]:
         "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
+    }
+
+
+def describe(campaign: Campaign, running: engines.Engines) -> dict[str, Any]:
+    """What a reader must know to judge the figures."""
+    return {
+        **here_and_now(),
         "peers": {name: list(pins) for name, pins in build_peers.REQUIREMENTS.items()},
         "engine_versions": list(engines.versions(campaign.engines)),
         "block_size": running.block_size,

@@ -34,7 +34,7 @@ _MODES = replace(
         "helium-untagged",
         "helium-plan",
     ),
-    repeats=2,
+    repeats=1,
 )
 """The same shapes: the peers' other modes, and what tags and plans are worth."""
 

@@ -3,7 +3,9 @@
 Runs are abstract: a workload's program is traced once into a graph whose prompts are pieces with a length (a role,
 an input, a reply, the words between); pieces that are equal in two prompts, from the beginning, are a shared prefix,
 block by block, as text would be. No text, no tokenizer, no HTTP, no event loop: a million calls are affordable.
-Hints (remaining path, siblings) are what a learnt template would give. Replies have exactly their expected length.
+Hints (remaining path, last call) are what a learnt template would give. Replies have exactly their expected length,
+unless a fleet is told that lengths are guessed. What a reply adds to an engine's cache is known when it ends, as KV
+events tell it.
 """
 
 from __future__ import annotations
@@ -92,11 +94,15 @@ class Fleet:
         settings: DispatchSettings | None = None,
         *,
         count_fewest: bool = True,
+        guess: float = 0.0,
     ) -> None:
+        """`guess`: how far expected lengths of replies are off, as the standard deviation of their logarithm."""
         self._system = system
         self._block = config.block
         self._engines = [Scheduler(config) for _ in range(workers)]
         self._count_fewest = count_fewest
+        self._guess = guess
+        self._guesses = random.Random(0)
         # All mutable state: the clock; events (time, number, what to do); calls in the engines by id; the policy's
         # state; loads and trees of the other systems; what is measured.
         self.now = 0.0
@@ -244,7 +250,7 @@ class Fleet:
             chain,
             self._block,
             node.prompt_tokens,
-            float(node.output.tokens),
+            node.output.tokens * (self._guesses.lognormvariate(0.0, self._guess) if self._guess else 1.0),
             self.now,
             group="workflow",
             node=node.name,
@@ -332,7 +338,7 @@ class Fleet:
         if self._count_fewest:
             self._seen.update(added)
         if call.assignment is not None and call.queued is not None:
-            self._release(call.assignment, call.queued, request, added)
+            self._release(call.assignment, call.queued, request, added, node.output.tokens)
         run.left -= 1
         if not run.left:
             self._latencies.append(self.now - run.started)
@@ -347,15 +353,17 @@ class Fleet:
                 else:
                     self._arrive(run, child)
 
-    def _release(self, assignment: Assignment, queued: QueuedCall, request: Request, extension: Any) -> None:
-        """As `Dispatcher.release` does."""
+    def _release(
+        self, assignment: Assignment, queued: QueuedCall, request: Request, extension: Any, output_tokens: int
+    ) -> None:
+        """As `Dispatcher.release` does, and the KV events that say what is cached."""
         worker = self._state.workers[assignment.worker]
         self._state.release(assignment.worker, queued.id, self.now, extension)
         if request.cached_tokens + self._block <= assignment.cached_tokens:
             worker.residency.correct(queued.chain, request.cached_tokens // self._block)
             worker.version += 1
         computed = queued.prompt_tokens - request.cached_tokens
-        self._state.measure(assignment, computed, queued.output_tokens, self.now)
+        self._state.measure(assignment, computed, output_tokens, self.now)
         self._decide_due = True
 
     def _result(self, workers: int, runs: int, wall_s: float) -> FleetResult:

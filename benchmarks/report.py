@@ -38,12 +38,15 @@ five minutes.
 
 How it is measured: all systems of a table run on the same engines in one go, interleaved, in an order that rotates
 from repeat to repeat; each is started fresh and the engines' prefix caches are dropped before every measurement.
-The client is plain async code that puts replies into later prompts. *Best peer* is the fastest system that is not
-helium-proxy on that shape, client-side round robin included. *Tokens ÷ fewest* is what the engines computed of the
-prompts, by their own counters (prewarming included), over the fewest that any schedule must compute: every distinct
-full block once and every distinct prompt's tail. *Busiest ÷ mean* compares the workers' work (prompt tokens
-computed plus generated tokens at what they cost). Figures are medians, ranges are lowest to highest. *Outputs
-differ* counts calls whose reply is not the direct run's.
+The client is plain async code that puts replies into later prompts. `helium` is told by tags of which workflow, run
+and node a call is, and what its parents are; `helium-untagged` is not, nor is any peer, unless that is said. Every
+call asks for a reply of one fixed length (`max_tokens` with `ignore_eos`), so that all systems have the same work:
+helium reads it there, whereas most agents' replies have lengths that it must estimate. *Best peer* is the fastest
+system that is not helium-proxy on that shape, client-side round robin included. *Tokens ÷ fewest* is what the engines
+computed of the prompts before their first tokens, by their own counters (prewarming that was not cut off included),
+over the fewest that any schedule must compute: every distinct full block once and every distinct prompt's tail.
+*Busiest ÷ mean* compares the workers' work (prompt tokens computed, and generated tokens at three times as much).
+Figures are medians, ranges are lowest to highest. *Outputs differ* counts calls whose reply is not the direct run's.
 """
 
 _SECTIONS: tuple[sections.Section, ...] = (
@@ -90,6 +93,7 @@ _SECTIONS: tuple[sections.Section, ...] = (
     sections.lookahead,
     sections.overhead,
     sections.optimality,
+    sections_sim.planning,
     sections.calibration,
     again,
     sections_sim.simulator,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from .sections import Results, markdown_table, table_of
-from .stats import Row, speedups
+from .sections import Results, markdown_table, small_call_ratio, table_of
+from .stats import Row, geometric_mean, speedups
 
 BEFORE = "before/"
 """What the names of earlier results begin with."""
@@ -47,7 +46,7 @@ def again(results: Results, folder: Path) -> str:
                 continue
             was, ratio_then = then[key]
             change = row.over_minimum / was.over_minimum - 1
-            changes.append((abs(change), row.family != "helium", f"{row.system} on {row.shape.replace('_', ' ')}"))
+            changes.append((change, row.family != "helium", f"{row.system} on {row.shape.replace('_', ' ')}"))
             cells = [name, row.shape.replace("_", " ") + (f", day {row.phase + 1}" if row.phase else ""), row.system]
             cells += [f"{was.over_minimum:.2f}", f"{row.over_minimum:.2f}", f"{100 * change:+.0f}%"]
             if row.system == "helium" and ratio is not None and ratio_then is not None:
@@ -58,18 +57,28 @@ def again(results: Results, folder: Path) -> str:
             body.append(cells)
     if not body:
         return ""
-    peers = [change for change, peer, _ in changes if peer]
-    ours = [change for change, peer, _ in changes if not peer]
-    most, _, where = max(changes)
-    moved = [abs(now / then - 1) for then, now in verdicts]
+    peers = [abs(change) for change, peer, _ in changes if peer]
+    ours = [abs(change) for change, peer, _ in changes if not peer]
+    most, _, where = max(changes, key=lambda entry: abs(entry[0]))
+    before, now = (geometric_mean([pair[i] for pair in verdicts]) if verdicts else 0.0 for i in (0, 1))
     head = ["campaign", "shape", "system", "tokens ÷ fewest then", "now", "change", "helium × best peer then", "now"]
     return (
         "## Measured again\n\nEarlier measurements of the same campaigns beside the present ones: "
         f"{', '.join(days)}. Of the peers' counts of prompt tokens {_share(peers)} are within 5% of what they were, "
-        f"of ours, whose code has changed since, {_share(ours)}; the largest change is {100 * most:.0f}% ({where}). "
-        + (f"Our ratio to the best peer moved by {100 * median(moved):.0f}% at the median. " if moved else "")
+        f"of ours, whose code has changed since, {_share(ours)}; the largest change is {100 * most:+.0f}% ({where}). "
+        + (f"Over the best peer, geometric mean of all: {before:.2f} × then, {now:.2f} × now. " if verdicts else "")
+        + _small_calls(results)
         + f"\n\n<details><summary>Figures</summary>\n\n{markdown_table(head, body)}\n\n</details>"
     )
+
+
+def _small_calls(results: Results) -> str:
+    """How a small call beside a large workflow fared both times."""
+    old, new = results.get(BEFORE + "starvation"), results.get("starvation")
+    if old is None or new is None:
+        return ""
+    then, now = small_call_ratio(old), small_call_ratio(new)
+    return f"A small call beside a large workflow: {then:.2f} × what it takes first in, first out; now {now:.2f} ×."
 
 
 def _share(changes: list[float]) -> str:

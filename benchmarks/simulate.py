@@ -25,7 +25,7 @@ from helium_proxy.dispatch.settings import DispatchSettings
 from helium_proxy.dispatch.state import DispatchState
 from helium_proxy.engine import EngineConfig
 
-from .campaign import save
+from .campaign import here_and_now, save
 from .campaigns import CAMPAIGNS
 from .fleet import Fleet, Node, System, trace
 from .systems import ABLATIONS
@@ -127,17 +127,25 @@ _LAG_S = 0.005
 """Mean time an answer needs from an engine's scheduler to the client, and the next call back."""
 
 
-def six_shapes(console: Console) -> list[dict[str, Any]]:
-    """The six shapes in the batches of the campaign at an H100's rates: the other policies, ours, and ours without
-    each of its parts."""
+_CARD = 25_000
+"""KV blocks of a card with 80 GB beside a model of 8B."""
+_GUESS = 0.5
+"""By which factor lengths of replies are off: e to the power of so much, up or down, for two thirds of them."""
+
+
+def six_shapes(console: Console, blocks: int | None = None) -> list[dict[str, Any]]:
+    """The six shapes in the batches of the campaign at an H100's rates: the other policies, ours, ours where lengths
+    of replies are guessed, and ours without each of its parts. With `blocks` KV blocks per engine, by default with
+    as many as hold a sixth of the working set."""
     points = []
     for shape, batch in CAMPAIGNS["h100"].batches:
         graph = trace(WORKLOADS[shape], SIZES["P1"])
-        kv = config(blocks_for(touched(graph, batch) / 6, _WORKERS))
-        variants: list[tuple[str, System, DispatchSettings | None]] = [(s, s, None) for s in SYSTEMS]
-        variants += [(name, "helium", settings) for name, settings in WITHOUT.items()]
-        for name, system, settings in variants:
-            result = Fleet(system, _WORKERS, kv, settings).simulate(graph, batch, lag_s=_LAG_S)
+        kv = config(blocks or blocks_for(touched(graph, batch) / 6, _WORKERS))
+        variants: list[tuple[str, System, DispatchSettings | None, float]] = [(s, s, None, 0.0) for s in SYSTEMS]
+        variants += [("helium-guessing", "helium", None, _GUESS)]
+        variants += [(name, "helium", settings, 0.0) for name, settings in WITHOUT.items()]
+        for name, system, settings, guess in variants:
+            result = Fleet(system, _WORKERS, kv, settings, guess=guess).simulate(graph, batch, lag_s=_LAG_S)
             points.append({"shape": shape, **asdict(result), "system": name})
             console.print(
                 f"{shape:16} {name:19} {result.makespan:8.2f} s  "
@@ -223,13 +231,15 @@ PARTS = ("sweeps", "shapes", "decide", "fleet")
 
 def run(console: Console, *, runs: int, calls: int, limit_s: float, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     """The result file's content."""
-    result: dict[str, Any] = {"base": {"workers": _WORKERS, "runs": runs, "shape": "trading", "sizes": "P1"}}
+    result: dict[str, Any] = {"about": here_and_now()}
+    result |= {"base": {"workers": _WORKERS, "runs": runs, "shape": "trading", "sizes": "P1"}}
     if "sweeps" in parts:
         sweeps = Sweeps(console, runs)
         sweeps.run_all()
         result["points"] = sweeps.points
     if "shapes" in parts:
         result["shapes"] = six_shapes(console)
+        result["cards"] = six_shapes(console, _CARD)
     if "decide" in parts:
         result["decide"] = decide_cost(console)
     if "fleet" in parts:

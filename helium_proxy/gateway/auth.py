@@ -23,6 +23,8 @@ class Principal:
 
 
 _ANYBODY = Principal()
+NOBODY = Principal("", admin=False)
+"""Who has not said who it is, and is answered nothing that is somebody's."""
 
 
 class Keyring:

@@ -28,8 +28,7 @@ from helium_proxy.reuse import (
     as_json,
     as_sse,
     changed,
-    gathered,
-    retold,
+    renamed_body,
 )
 
 log = structlog.get_logger(__name__)
@@ -85,11 +84,20 @@ class Calls:
             return None
         now, oldest = self._services.wall(), ticket.control.max_age
         try:
-            return cache.peek(key, now, oldest) or await cache.get(key, now, oldest)
+            entry = cache.peek(key, now, oldest) or await cache.get(key, now, oldest)
         except Exception:
             log.exception("prompt cache failed; the call is computed")
             metrics.FAIL_OPEN.labels("reuse").inc()
             return None
+        return entry if ticket.request.body.get("store") is False or self._still_stored(ticket, key) else None
+
+    def _still_stored(self, ticket: Ticket, key: bytes) -> bool:
+        """Whether a worker still has the response that a hit would name, which may be referred to later."""
+        if ticket.request.route != "/v1/responses":
+            return True
+        known = self._computer.replies.get(key)
+        owner = self._services.pool.get(self._services.owners.get(known.id or "", "")) if known is not None else None
+        return owner is not None and owner.state == "up"
 
     def _hit(self, ticket: Ticket, entry: Entry) -> Served:
         services, request = self._services, ticket.request
@@ -111,52 +119,33 @@ class Calls:
         seat = coalescer.join(key, partial(self._computer.open, ticket))
         try:
             head = await seat.head()
+            if 400 <= head.status < 500 and not seat.leads:  # perhaps for something that is the leader's alone
+                seat.leave()
+                return self._alone(ticket, await self._computer.open(ticket))
+            content = self._own(ticket, seat, head)
         except BaseException:
             seat.leave()
             raise
-        headers = relayed(head.headers.items())
-        from_stream = head.body is None
-        to_stream = ticket.stream if head.status == 200 else from_stream
-        result: CacheResult = "miss" if seat.leads else "coalesced"
         if ticket.head_at is None:
             ticket.planned_at = ticket.head_at = self._services.clock()
-        if head.status == 200 and from_stream != to_stream:
-            kind = EVENTS if to_stream else JSON
-            headers = [(k, v) for k, v in headers if k != b"content-type"] + [(b"content-type", kind)]
-        try:
-            content = self._own(ticket, seat, head, to_stream)
-        except BaseException:
-            seat.leave()
-            raise
-        return Served(head.status, headers, content, to_stream, result, None, seat.leave)
+        result: CacheResult = "miss" if seat.leads else "coalesced"
+        headers = relayed(head.headers.items())
+        return Served(head.status, headers, content, head.body is None, result, None, seat.leave)
 
-    def _own(self, ticket: Ticket, seat: Seat, head: Head, to_stream: bool) -> bytes | AsyncIterable[bytes]:
-        """The answer in the form that this request asked for, under its own id."""
+    def _own(self, ticket: Ticket, seat: Seat, head: Head) -> bytes | AsyncIterable[bytes]:
+        """The answer under this request's own id. What a leader gets has its id already."""
         route, request, usage = ticket.request.route, ticket.request, ticket.wants_usage
+        ours = seat.leads or head.status != 200
         if head.body is None:
             assert seat.reader is not None
-            joined = None if seat.leads or head.status != 200 else partial(self._joined, ticket)
-            if head.status == 200 and not to_stream:
-                return _whole(seat.reader, ticket, joined)
             if head.status != 200 or (seat.leads and not ticket.adds_usage):
-                return OwnStream(seat.reader, None, joined)
-            # What a leader gets has its id already, as its JSON body has.
-            own = None if seat.leads else request.id
-            return OwnStream(seat.reader, StreamRenamer(route, own, usage, request.body), joined)
-        if head.status != 200 or (seat.leads and not to_stream):
-            pieces = [head.body]  # an error, or a leader's JSON body, which is its own already
-        else:
-            pieces = retold(
-                head.body,
-                route=route,
-                to_stream=to_stream,
-                new_id=request.id,
-                include_usage=usage,
-                request=request.body,
-            )
-        if not seat.leads and head.status == 200:
-            self._joined(ticket)
-        return _pieces(pieces) if to_stream else pieces[0]
+                return OwnStream(seat.reader)
+            change = StreamRenamer(route, None if ours else request.id, usage, request.body)
+            return OwnStream(seat.reader, change, None if ours else partial(self._joined, ticket))
+        if ours:
+            return head.body
+        self._joined(ticket)
+        return renamed_body(head.body, route, request.id, request.body)
 
     def _joined(self, ticket: Ticket) -> None:
         """The bookkeeping of a call that joined another, at its end (a leader's is done already)."""
@@ -181,16 +170,6 @@ class Calls:
         looked = ticket.key is not None and ticket.control.may_read and self._services.cache is not None
         result: CacheResult = "miss" if looked else "bypass"
         return Served(answer.status, headers, content, stream, result, None, answer.close or _nothing)
-
-
-async def _whole(
-    chunks: AsyncIterable[bytes], ticket: Ticket, joined: Callable[[], None] | None
-) -> AsyncIterator[bytes]:
-    """A stream as the JSON body that this request asked for."""
-    request = ticket.request
-    yield await gathered(chunks, route=request.route, new_id=request.id, request=request.body)
-    if joined is not None:
-        joined()
 
 
 async def _pieces(pieces: list[bytes]) -> AsyncIterator[bytes]:

@@ -217,8 +217,7 @@ class _Exchange:
             raise
         ticket.head_at = services.clock()
         services.pool.note(worker, None if upstream.status < 500 else SendFailed("timeout", f"{upstream.status}"))
-        await self._finish_whole(upstream.status, body)
-        return Answer(upstream.status, upstream.headers, body)
+        return Answer(upstream.status, upstream.headers, await self._finish_whole(upstream.status, body))
 
     def _tell_started(self, now: float) -> None:
         arrival = self._ticket.arrival
@@ -246,10 +245,11 @@ class _Exchange:
             return services.ahead.sent(call, key, ticket.arrival.run, source, self._worker)
         return None
 
-    async def _finish_whole(self, status: int, body: bytes) -> None:
+    async def _finish_whole(self, status: int, body: bytes) -> bytes:
+        """The body as the client gets it."""
         if status != 200:
             self._close(ok=False, reached=False)
-            return
+            return body
         try:
             answer = orjson.loads(body)
         except orjson.JSONDecodeError:
@@ -258,6 +258,10 @@ class _Exchange:
         self._close(ok=True, reply=reply)  # first: storing may wait, and be cancelled
         if isinstance(answer, dict):
             await self._computer.keep(self._ticket, answer, reply)
+            if reply.directive is not None:  # the engine's word on ours, and nobody else's
+                others = {k: v for k, v in answer["kv_transfer_params"].items() if k != "helium"}
+                return orjson.dumps({**answer, "kv_transfer_params": others or None})
+        return body
 
     async def _relay(self, first: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The stream's bytes, each passed on before it is looked at: whoever asks for the next has sent this one."""

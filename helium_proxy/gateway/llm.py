@@ -23,7 +23,7 @@ from helium_proxy.errors import (
     UpstreamFailed,
 )
 from helium_proxy.gateway.afterwards import report
-from helium_proxy.gateway.auth import Principal
+from helium_proxy.gateway.auth import NOBODY, Principal
 from helium_proxy.gateway.calls import Calls, Served
 from helium_proxy.gateway.http import (
     RawHeaders,
@@ -93,7 +93,8 @@ class LlmRoutes:
         try:
             if services.draining:
                 raise Draining("the proxy is shutting down", retry_after=1)
-            principal = services.keyring.authenticate(headers)
+            # A browser asks what it may send before it sends a key.
+            principal = NOBODY if scope["method"] == "OPTIONS" else services.keyring.authenticate(headers)
             await work(scope, receive, sending, headers, principal)
         except ClientGone:
             sending.status = 499
@@ -227,8 +228,11 @@ class LlmRoutes:
         if request.body.get("model") == "":
             return None  # engines differ in what they make of that
         try:
+            if "origin" in request.headers or b"NaN" in ticket.raw or b"Infinity" in ticket.raw:
+                return None  # an answer with headers for one page; numbers that are none
             if cacheable(request.body, request.route):
-                return cache_key(request.tenant, request.model, ticket.path, request.body)
+                weights = self._services.pool.weights(request.model)
+                return cache_key(request.tenant, weights, ticket.path, request.body)
         except Exception:
             log.exception("reuse failed; the call passes through")
             metrics.FAIL_OPEN.labels("reuse").inc()
@@ -236,9 +240,11 @@ class LlmRoutes:
 
     async def _answer(self, ticket: Ticket, scope: Scope, receive: Receive, send: Sending, timeout_s: float) -> None:
         error: HeliumError
+        stream = False
         try:
             with self._services.watches.watching(scope, receive, timeout_s):
                 served = await self.calls.serve(ticket)
+                stream = served.stream
                 try:
                     await self._relay(ticket, served, send)
                 finally:
@@ -254,7 +260,7 @@ class LlmRoutes:
             raise error
         metrics.ERRORS.labels(error.code or error.type).inc()
         report(self._services, ticket, "error", Reply(), status=error.status)
-        if ticket.stream:
+        if stream:
             await send({"type": "http.response.body", "body": stream_error(ticket.request.route, error)})
         else:
             await send({"type": "http.response.body", "body": b""})

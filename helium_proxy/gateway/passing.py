@@ -173,13 +173,18 @@ def sent_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in strip_headers(headers).items() if k not in _NOT_SENT}
 
 
+_DIGITS = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
+_MANY = b"0" * 19
+"""So many digits may be an integer of more than 64 bits, which the fast parser makes a float of."""
+
+
 def parse(raw: bytes) -> dict[str, Any] | None:
     """The JSON object in `raw`, or None. Raises InvalidRequest where engines may read what is not read here."""
     try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError:
+        body = orjson.loads(raw) if _MANY not in raw.translate(_DIGITS) else slow_loads(raw)
+    except (ValueError, RecursionError):
         try:
-            body = slow_loads(raw)  # integers of more than 64 bits, NaN, a lone surrogate
+            body = slow_loads(raw)  # NaN, a lone surrogate
         except ValueError:
             return None
         except RecursionError:

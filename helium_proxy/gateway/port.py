@@ -131,7 +131,7 @@ def plan_deps(services: Services, llm: LlmRoutes) -> PlanDeps:
         route = _route(body)
         if services.cache is None or not cacheable(body, route):
             return None
-        key = cache_key(tenant, str(body.get("model")), route, body)
+        key = cache_key(tenant, services.pool.weights(str(body.get("model"))), route, body)
         entry = await services.cache.get(key, services.wall())
         return reply_text(orjson.loads(entry.body)) if entry is not None else None
 

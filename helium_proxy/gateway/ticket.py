@@ -119,7 +119,7 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
     body, stripped = strip_tags(ticket.request.body)
     if (prompt := _PROMPTS.get(ticket.request.route)) is not None and prompt not in body:
         # The engine will refuse it, and say what it got.
-        return _encoded(body) if stripped else ticket.raw
+        return _encoded(body, ticket.raw) if stripped else ticket.raw
     new = {name: value for name, value in additions.items() if name not in body}
     merged: dict[str, Any] = {
         name: {**body[name], **value}
@@ -140,7 +140,7 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
     if stripped or merged:
         if usage:
             new["stream_options"] = {"include_usage": True}
-        return _encoded({**body, **merged, **new})
+        return _encoded({**body, **merged, **new}, ticket.raw)
     parts = [orjson.dumps(new)[1:-1]] if new else []
     if usage:
         parts.append(_USAGE)
@@ -151,7 +151,10 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
     return head + comma + b",".join(parts) + brace + rest
 
 
-def _encoded(body: Mapping[str, Any]) -> bytes:
+def _encoded(body: Mapping[str, Any], raw: bytes) -> bytes:
+    """`body`, which came as `raw`, or most of it."""
+    if b"NaN" in raw or b"Infinity" in raw:  # which the fast encoder makes null of
+        return json.dumps(body).encode()
     try:
         return orjson.dumps(body)
     except TypeError:  # an integer of more than 64 bits, a lone surrogate, deep nesting

@@ -39,7 +39,7 @@ _OPAQUE_TOKENS = 256
 
 def _canonical(value: Any) -> str:
     try:
-        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
+        return orjson.dumps(value).decode()
     except orjson.JSONEncodeError as error:  # nested beyond what any worker would read
         raise InvalidRequest(f"not sendable as JSON: {error}", param="nodes") from None
 
@@ -90,7 +90,7 @@ class NodeTemplate:
         object.__setattr__(self, "skeleton", skeleton)
         greedy = self.params.get("temperature") == 0 and self.params.get("n", 1) in (1, None)
         object.__setattr__(self, "deterministic", greedy)
-        object.__setattr__(self, "head", _canonical([self.kind, self.model, dict(self.params)]).encode())
+        object.__setattr__(self, "head", _canonical([self.kind, self.model, sorted(self.params.items())]).encode())
 
     @property
     def max_tokens(self) -> int | None:

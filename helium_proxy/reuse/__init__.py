@@ -7,7 +7,7 @@ from helium_proxy.reuse.coalesce import Answer, Coalescer, CoalesceStatistics, H
 from helium_proxy.reuse.entry import Entry, make_entry
 from helium_proxy.reuse.key import cache_key, cacheable
 from helium_proxy.reuse.prompt_cache import Backend, CacheStatistics, PromptCache, build_cache
-from helium_proxy.reuse.relay import OwnStream, Push, StreamRenamer, changed, gathered, retold
+from helium_proxy.reuse.relay import OwnStream, Push, StreamRenamer, changed, renamed_body
 from helium_proxy.reuse.replay import as_json, as_sse
 from helium_proxy.reuse.settings import ReuseSettings
 
@@ -33,8 +33,7 @@ __all__ = [
     "cache_key",
     "cacheable",
     "changed",
-    "gathered",
     "make_entry",
     "parse_cache_control",
-    "retold",
+    "renamed_body",
 ]

@@ -60,7 +60,7 @@ def make_entry(
         return None
     usage = answer.get("usage")
     usage = usage if isinstance(usage, dict) else {}
-    body = {k: v for k, v in answer.items() if k not in _OWN and k not in _TRANSFER}
+    body = {k: None if k in _TRANSFER else v for k, v in answer.items() if k not in _OWN}
     return Entry(
         body=bytes(memoryview(orjson.dumps(body))),  # a copy: orjson's own bytes keep a buffer of at least 4 kB
         own=tuple(name for name in _OWN if name in answer),

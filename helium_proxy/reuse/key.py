@@ -6,8 +6,10 @@ a remote file is not, whatever its temperature: the same body may have another a
 
 The key is a BLAKE2b digest of (tenant, model, route, canonical body): an answer must never reach a question that
 merely collides, so a fast non-cryptographic hash will not do. Fields in `IRRELEVANT` cannot change the answer and are
-left out; **unknown fields are part of the key**. The order of object keys does not matter; numbers at the top level
-and in ``logit_bias`` compare by value (``0`` is ``0.0``), deeper ones (a tool's schema) are text the model reads.
+left out; **unknown fields are part of the key**. The order of a body's own fields does not matter, and its numbers
+and those in ``logit_bias`` compare by value (``0`` is ``0.0``); what lies deeper (a schema, a tool) is text the model
+reads, or decides in which order it writes. Whether a stream is asked for is part of the key, too: engines cut tool
+calls out of a stream otherwise than out of a whole answer.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from hashlib import blake2b
+from operator import itemgetter
 from typing import Any
 
 import orjson
@@ -32,7 +35,6 @@ IRRELEVANT = frozenset(
         "request_id",
         "safety_identifier",
         "session_id",  # labels KV events
-        "stream",  # a stream answers a non-stream and the other way round
         "stream_options",
         "user",
     }
@@ -46,10 +48,12 @@ NESTED_IRRELEVANT = {
 }
 """Fields inside a top-level object that cannot change the answer; the object's other fields can."""
 
-_DEFAULTS: Mapping[str, tuple[object, ...]] = {"n": (None, 1), "store": (None, False)}
+_DEFAULTS: Mapping[str, tuple[object, ...]] = {"n": (None, 1), "store": (None,)}
 """Values that mean the same as leaving the field out."""
 
 _STATEFUL = ("store", "previous_response_id", "background", "conversation", "prompt")
+_POOLED = ("query", "queries", "documents", "items", "data_1", "data_2", "text_1", "text_2")
+"""Where scores and ranks have their texts, which may be parts with media."""
 _CLIENT_TOOLS = frozenset({"function", "custom"})
 
 
@@ -62,7 +66,7 @@ def cacheable(body: Mapping[str, Any], route: str) -> bool:
     if transfer and any(key != "helium" for key in transfer):
         return False  # part of a transfer between engines
     if kind is Family.POOLING:
-        return not _remote_media(body.get("messages"))
+        return not _remote_media(body.get("messages")) and not any(_is_remote(body.get(name)) for name in _POOLED)
     temperature = body.get("temperature")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or temperature != 0:
         return False
@@ -81,10 +85,11 @@ def cacheable(body: Mapping[str, Any], route: str) -> bool:
 
 
 def cache_key(tenant: str, model: str, route: str, body: Mapping[str, Any]) -> bytes:
-    """The 20-byte key of a request: equal for requests that must have equal answers, and for no others."""
-    canonical: dict[str, Any] = {}
+    """The 20-byte key of a request: equal for requests that must have equal answers, and for no others. `model`: all
+    that says which weights answer."""
+    canonical: dict[str, Any] = {"stream": bool(body.get("stream"))}
     for name, value in body.items():
-        if name in IRRELEVANT:
+        if name in IRRELEVANT or name == "stream":
             continue
         if name in _DEFAULTS and value in _DEFAULTS[name]:
             continue
@@ -95,14 +100,14 @@ def cache_key(tenant: str, model: str, route: str, body: Mapping[str, Any]) -> b
             if kept:
                 canonical[name] = kept
         elif name == "logit_bias" and isinstance(value, dict):
-            canonical[name] = {key: _number(item) for key, item in value.items()}
+            canonical[name] = {key: _number(item) for key, item in sorted(value.items())}
         else:
             canonical[name] = value
-    parts = [tenant, model, route, canonical]
+    parts = [tenant, model, route, sorted(canonical.items(), key=itemgetter(0))]
     try:
-        text = orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)
+        text = orjson.dumps(parts)
     except TypeError:  # an integer of more than 64 bits, a lone surrogate: the slow encoder knows them
-        text = json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
+        text = json.dumps(parts, separators=(",", ":")).encode()
     return blake2b(text, digest_size=20).digest()
 
 
@@ -115,12 +120,13 @@ def _remote_media(messages: Any) -> bool:
     if not isinstance(messages, list):
         return False
     for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, list):
-            continue
-        for part in content:
-            if isinstance(part, dict) and part.get("type") not in _INLINE_PARTS and _is_remote(part):
-                return True
+        for name in ("content", "output"):
+            content = message.get(name) if isinstance(message, dict) else None
+            if not isinstance(content, list):
+                continue
+            for part in content:
+                if isinstance(part, dict) and part.get("type") not in _INLINE_PARTS and _is_remote(part):
+                    return True
     return False
 
 

@@ -1,7 +1,6 @@
-"""A shared answer made one request's own: as the stream or the JSON body it asked for, under its own id.
+"""A shared answer made one request's own: under its own id, with or without the usage it asked for.
 
-Whoever joined a call gets the leader's upstream bytes; the leader may have asked for a stream and the follower not,
-or the other way round.
+Whoever joined a call gets the leader's upstream bytes.
 """
 
 from __future__ import annotations
@@ -11,46 +10,19 @@ from typing import Any, Protocol
 
 import orjson
 
-from helium_proxy.errors import UpstreamFailed
-from helium_proxy.reuse.assemble import StreamAssembler
-from helium_proxy.reuse.replay import ECHOED, events
+from helium_proxy.reuse.replay import ECHOED
 from helium_proxy.reuse.routes import Family, family
 from helium_proxy.reuse.shared import Reader
 from helium_proxy.reuse.sse import EventSplitter, named_event, payload
 
 
-async def gathered(
-    chunks: AsyncIterable[bytes], *, route: str, new_id: str, request: Mapping[str, Any] | None = None
-) -> bytes:
-    """The JSON body of an answer that comes as a stream. Raises `UpstreamFailed` where that breaks off or carries an
-    error."""
-    assembler = StreamAssembler(route)
-    async for chunk in chunks:
-        assembler.feed(chunk)
-    answer = assembler.result()
-    if answer is None:
-        raise UpstreamFailed("the worker's stream ended before its answer was complete")
-    return orjson.dumps(renamed(answer, route, new_id, request))
-
-
-def retold(
-    body: bytes,
-    *,
-    route: str,
-    to_stream: bool,
-    new_id: str,
-    include_usage: bool = False,
-    request: Mapping[str, Any] | None = None,
-) -> list[bytes]:
-    """A JSON body as this request's answer: the events of a stream, or one body. Raises `UpstreamFailed` where it is
-    none that a stream could be made of."""
+def renamed_body(body: bytes, route: str, new_id: str, request: Mapping[str, Any] | None = None) -> bytes:
+    """A JSON body as this request's own answer; what is none stays as it is."""
     try:
         answer = orjson.loads(body)
-        if isinstance(answer, dict):
-            answer = renamed(answer, route, new_id, request)
-        return list(events(answer, route, include_usage)) if to_stream else [orjson.dumps(answer)]
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UpstreamFailed("the worker's answer is not in the API's form") from error
+    except orjson.JSONDecodeError:
+        return body
+    return orjson.dumps(renamed(answer, route, new_id, request)) if isinstance(answer, dict) else body
 
 
 def renamed(

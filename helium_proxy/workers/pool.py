@@ -49,6 +49,7 @@ class Pool:
         self._workers: dict[str, Worker] = {}  # by id, in the order they were added
         self._tasks: dict[str, asyncio.Task[None]] = {}  # the watcher of each
         self._prodded: dict[str, asyncio.Event] = {}  # set to have a worker checked at once
+        self._weights: dict[str, str] = {}  # see `weights`; emptied when any worker's models change
 
     def __repr__(self) -> str:
         return f"<Pool {[repr(w) for w in self._workers.values()]}>"
@@ -64,6 +65,17 @@ class Pool:
 
     def all(self) -> list[Worker]:
         return list(self._workers.values())
+
+    def weights(self, model: str) -> str:
+        """The model's name and what its workers load under it: another one once that is something else."""
+        known = self._weights.get(model)
+        if known is None:
+            cards = [m for w in self._workers.values() for m in w.facts.models if m.id == model]
+            loaded = sorted({f"{m.root}\0{m.raw.get('parent')}" for m in cards})
+            known = "\0".join([model, *loaded])
+            if cards:
+                self._weights[model] = known
+        return known
 
     def models(self) -> set[str]:
         """Models of the workers that are up (or, while none has come up yet, of none)."""
@@ -107,6 +119,7 @@ class Pool:
         if found.state != "draining" or self._workers.get(worker) is not found:
             return  # added again, or removed by someone else, meanwhile
         del self._workers[worker]
+        self._weights.clear()
         self._prodded.pop(worker, None)
         task = self._tasks.pop(worker, None)
         if task is not None:
@@ -200,6 +213,8 @@ class Pool:
                 if status != 200:
                     raise SendFailed("lost", f"/v1/models answered {status}")
                 before, worker.facts = worker.facts, read_models(worker.facts, orjson.loads(body))
+                if worker.facts.models != before.models:
+                    self._weights.clear()
                 models_due = now + settings.models_interval_s
                 if worker.state == "up" and _differs(before, worker.facts):
                     self._show(worker, before)

@@ -57,7 +57,9 @@ class WorkersSettings(BaseModel):
     models_interval_s: float = Field(30.0, gt=0, description="Between readings of a worker's `/v1/models`.")
     connect_timeout_s: float = Field(5.0, gt=0, description="To open a connection to a worker.")
     read_timeout_s: float = Field(
-        600.0, gt=0, description="Longest silence of a worker in an answer, the first byte included."
+        3600.0,
+        gt=0,
+        description="Longest silence of a worker in an answer; one that is no stream is silent until it is whole.",
     )
     keepalive_s: float = Field(
         4.0, gt=0, description="Idle connections are dropped after this; below the engine's own limit (vLLM: 5)."

@@ -16,10 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-import xxhash
-
-from helium_proxy.workflow.prompt import Prompt, text_of, units
+from helium_proxy.workflow.prompt import Prompt, digest_of, text_of, units
 
 _MASK = {ord(digit): "0" for digit in "123456789"}
 _HEAD_CHARS = 64
@@ -86,7 +83,7 @@ class Identities:
             leading += 1
         tools = body.get("tools") or body.get("functions") or ()
         form = body.get("response_format") or body.get("text") or ()
-        extra = xxhash.xxh3_64_intdigest(orjson.dumps((tools, form))) if tools or form else 0
+        extra = digest_of((tools, form)) if tools or form else 0
         first = prompt.messages[0].digest if prompt.messages else 0
         key = hash((leading, extra, first if leading <= 1 else prompt.chain[leading]))
         known = self._exact.get(key)

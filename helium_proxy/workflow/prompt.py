@@ -121,7 +121,7 @@ class MessageCache:
         chain = [last]
         cache = self._messages
         for item in raw:
-            digest = _digest(item)
+            digest = digest_of(item)
             key = (tenant, digest)
             message = cache.get(key)
             if message is None:
@@ -139,10 +139,10 @@ class MessageCache:
         )
 
 
-def _digest(item: Any) -> int:
+def digest_of(item: Any) -> int:
     try:
         raw = orjson.dumps(item, option=orjson.OPT_NON_STR_KEYS)
-    except TypeError:  # lone surrogates
+    except TypeError:  # lone surrogates, integers of more than 64 bits
         raw = repr(item).encode("utf-8", "surrogatepass")
     return xxhash.xxh3_64_intdigest(raw)
 

@@ -60,8 +60,8 @@ def test_a_campaign_of_an_earlier_day_is_kept_and_compared(folder: Path, tmp_pat
     assert (
         "prompt tokens 1 of 1 are within 5% of what they were, of ours, whose code has changed since, 0 of 1" in text
     )
-    assert "the largest change is 50% (helium on debate)" in text
-    assert "moved by 25% at the median" in text
+    assert "the largest change is +50% (helium on debate)" in text
+    assert "geometric mean of all: 1.00 × then, 1.25 × now" in text
     old["about"]["campaign"]["engines"] = "vllm:2"
     assert "Measured again" not in report.render({"vllm": new, "before/vllm": old})
 

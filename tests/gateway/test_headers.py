@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 
 import pytest
@@ -146,3 +147,43 @@ async def test_calls_that_share_a_request_id_are_still_calls_of_their_own(stack:
     assert all(w.inflight == 0 for w in proxy.services.pool)
     (calls_seen,) = [sum(r["calls"] for r in proxy.services.workflows.runs(100, None, None))]
     assert calls_seen == 8
+
+
+@pytest.mark.parametrize("tags", [{}, {"helium": {"workflow": "w"}}], ids=["untagged", "tagged"])
+async def test_numbers_reach_the_engine_as_they_were_written(stack: Stack, tags: dict[str, object]) -> None:
+    async def any_body(seen: Seen) -> None:
+        await seen.json(seen.completion())
+
+    worker = await stack.fake(always=any_body)
+    proxy = await stack.proxy(worker)
+    largest = 2**256 - 1
+    body = {**chat(min_p=float("nan"), tools=[{"maximum": largest, "id": 1234567890123456789012}]), **tags}
+    response = await proxy.client.post(CHAT, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code == 200
+    sent = json.loads(worker.seen[-1].raw)
+    assert sent["tools"] == [{"maximum": largest, "id": 1234567890123456789012}]
+    assert sent["min_p"] != sent["min_p"], "NaN"
+    assert "helium" not in sent
+
+
+async def test_a_browser_s_question_before_its_call_needs_no_key(stack: Stack) -> None:
+    async def allow(seen: Seen) -> None:
+        await seen.start(200, access_control_allow_origin="*")
+        await seen.write(b"", more=False)
+
+    worker = await stack.fake(always=allow)
+    proxy = await stack.proxy(worker, auth={"keys": [{"key": "sk-1", "tenant": "t"}]})
+    answer = await proxy.client.options(CHAT, headers={"origin": "https://page.example"})
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*")
+    assert (await proxy.client.get("/v1/models")).status_code == 401
+
+
+async def test_what_the_engine_says_of_a_directive_is_not_the_client_s(stack: Stack) -> None:
+    async def report(seen: Seen) -> None:
+        await seen.json({**seen.completion(), "kv_transfer_params": {"helium": {"pinned_blocks": 4}}})
+
+    proxy = await stack.proxy(await stack.fake(always=report))
+    for _ in range(2):
+        answer = await proxy.chat(temperature=0)
+        assert answer.json()["kv_transfer_params"] is None
+    assert answer.headers["x-helium-cache"] == "hit"

@@ -276,3 +276,17 @@ def test_a_chunk_pushed_past_uvicorn_is_framed_and_an_empty_one_does_not_end_the
         setattr(cycle, name, False)
     cycle.flow.write_paused = True
     assert not client.ready(), "a client that reads slowly is waited for"
+
+
+async def test_half_a_stream_is_never_taken_for_a_whole_one(stack: Stack) -> None:
+    async def half(seen: Seen) -> None:
+        await seen.open_stream()
+        await seen.delta("half")
+        seen.die()
+        await seen.gone()
+
+    proxy = await stack.proxy(await stack.fake(always=half))
+    answer = await proxy.client.post(CHAT, json=chat(stream=1))
+    told = events(answer.content)
+    assert "error" in told[-2][1], "whatever the client's word for a stream was"
+    assert told[-1] == (None, "[DONE]")

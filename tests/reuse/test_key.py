@@ -82,7 +82,9 @@ def test_irrelevant_fields_are_not_in_the_key(field: str) -> None:
         {"max_tokens": 8.0},
         {"n": 1},
         {"n": None},
-        {"store": False},
+        {"store": None},
+        {"stream": False},
+        {"stream": None},
         {"kv_transfer_params": {"helium": {"pin": "a"}}},
         {"vllm_xargs": {"agentic_context": "{}"}},
         {"nvext": {"agent_hints": {"osl": 4}}},
@@ -98,6 +100,8 @@ def test_what_cannot_change_the_answer_does_not_change_the_key(same: dict[str, o
         {"temperature": 1},
         {"max_tokens": 9},
         {"n": 2},
+        {"stream": True},
+        {"store": False},
         {"top_p": 0.5},
         {"seed": 1},
         {"an_unknown_field": None},
@@ -145,15 +149,33 @@ JSON = st.recursive(
 )
 
 
-def _reversed(value: object) -> object:
-    if isinstance(value, dict):
-        return {k: _reversed(v) for k, v in reversed(value.items())}
-    return [_reversed(v) for v in value] if isinstance(value, list) else value
-
-
 @given(st.dictionaries(st.text(max_size=6), JSON, max_size=5))
-def test_the_order_of_object_keys_is_irrelevant(body: dict[str, object]) -> None:
-    turned = _reversed(body)
+def test_the_order_of_a_body_s_own_fields_is_irrelevant(body: dict[str, object]) -> None:
+    turned = dict(reversed(body.items()))
     before = orjson.dumps(body)
     assert key(body) == key(turned)
     assert orjson.dumps(body) == before, "the body is never changed"
+
+
+@pytest.mark.parametrize("field", ["response_format", "tools", "chat_template_kwargs"])
+def test_the_order_of_what_the_model_reads_or_writes_is_in_the_key(field: str) -> None:
+    one = {"reason": {"type": "string"}, "answer": {"type": "string"}}
+    other = dict(reversed(one.items()))
+    assert key({**BODY, field: [{"properties": one}]}) != key({**BODY, field: [{"properties": other}]})
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/rerank", {"query": "q", "documents": [{"content": [{"image_url": {"url": "http://cam/now.jpg"}}]}]}),
+        ("/v1/score", {"data_1": {"content": [{"type": "image_url", "image_url": {"url": "http://x/a"}}]}}),
+        (
+            "/v1/responses",
+            {"temperature": 0, "input": [{"output": [{"type": "input_image", "image_url": "http://x/a"}]}]},
+        ),
+    ],
+)
+def test_media_from_elsewhere_may_change_wherever_they_are(route: str, body: dict[str, object]) -> None:
+    assert not cacheable({"model": "m", **body}, route)
+    text = orjson.dumps(body).replace(b"http://", b"data:")
+    assert cacheable({"model": "m", **orjson.loads(text)}, route)
