@@ -48,23 +48,29 @@ class Tokenizer:
             if tokens is not None:
                 texts.move_to_end(text)
                 return tokens
-            tokens = texts[text] = array("I", [self.id(piece) for piece in PIECES.findall(text)])
-            self._cached += len(tokens) + 1
+        made = array("I", [self.id(piece) for piece in PIECES.findall(text)])  # may take long: nobody waits for it
+        with self._lock:
+            tokens = texts.get(text)
+            if tokens is not None:  # another thread was faster
+                return tokens
+            texts[text] = made
+            self._cached += len(made) + 1
             while self._cached > self._cache_tokens:
                 self._cached -= len(texts.popitem(last=False)[1]) + 1
-            return tokens
+            return made
 
     def id(self, piece: str) -> int:
-        """The token id of one piece."""
+        """The token id of one piece. Takes the lock for a piece that is new."""
         known = self._ids.get(piece)
         if known is not None:
             return known
-        if len(self._ids) >= self._vocabulary:
-            for old in list(self._ids)[: self._vocabulary // 4]:
-                self._pieces.pop(self._ids.pop(old), None)
         token = xxhash.xxh32_intdigest(piece.encode())
-        self._ids[piece] = token
-        self._pieces[token] = piece
+        with self._lock:
+            if len(self._ids) >= self._vocabulary:
+                for old in list(self._ids)[: self._vocabulary // 4]:
+                    self._pieces.pop(self._ids.pop(old), None)
+            self._ids[piece] = token
+            self._pieces[token] = piece
         return token
 
     def piece(self, token: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from threading import Event, Thread
 
 import orjson
 import pytest
@@ -43,6 +44,53 @@ def test_memory_is_bounded() -> None:
     assert 0 < tokens <= 1000
     assert texts < 200
     assert len(tokenizer._pieces) <= 500
+
+
+def test_a_long_text_in_the_making_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer()
+    tokenizer.encode("short")
+    begun, go_on = Event(), Event()
+    id_of = tokenizer.id
+
+    def slow(piece: str) -> int:
+        if piece == "long":
+            begun.set()
+            go_on.wait(10)
+        return id_of(piece)
+
+    monkeypatch.setattr(tokenizer, "id", slow)
+    made: list[array[int]] = []
+    long = Thread(target=lambda: made.append(tokenizer.encode("long text")))
+    short = Thread(target=lambda: made.append(tokenizer.encode("short")))
+    long.start()
+    try:
+        assert begun.wait(10)
+        short.start()
+        short.join(2)
+        assert [len(tokens) for tokens in made] == [1]
+    finally:
+        go_on.set()
+        long.join(10)
+        short.join(10)
+    assert tokenizer.statistics() == (3, 2, 3 + 2)  # a text counts for one token more
+
+
+def test_a_text_encoded_twice_at_once_is_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer()
+    id_of = tokenizer.id
+    nested: list[array[int]] = []
+
+    def again(piece: str) -> int:
+        if not nested:
+            monkeypatch.setattr(tokenizer, "id", id_of)
+            thread = Thread(target=lambda: nested.append(tokenizer.encode("one two")), daemon=True)
+            thread.start()
+            thread.join(2)
+        return id_of(piece)
+
+    monkeypatch.setattr(tokenizer, "id", again)
+    assert tokenizer.encode("one two") is nested[0]
+    assert tokenizer.statistics() == (2, 1, 2 + 1)
 
 
 def test_a_conversation_starts_with_its_earlier_turns_and_replies() -> None:
