@@ -47,7 +47,8 @@ def chat_prompt(engine: EmbeddedEngine, body: Mapping[str, Any]) -> Prompt:
     if not tools and (choice == "required" or isinstance(choice, dict)):
         raise ApiError(400, "When using `tool_choice`, `tools` must be set.", param="tool_choice")
     add = body.get("add_generation_prompt", True) is not False
-    tokens = render(engine.tokenizer, messages, tools if choice != "none" else (), add_generation_prompt=add)
+    # Tools are in the prompt under "none" as well: vLLM's default (`--exclude-tools-when-tool-choice-none` is off).
+    tokens = render(engine.tokenizer, messages, tools, add_generation_prompt=add)
     answered = messages[-1]["role"] == "tool"
     return Prompt(tokens, tuple(tools), choice, answered, response_schema(body.get("response_format")))
 

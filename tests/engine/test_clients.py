@@ -40,6 +40,21 @@ async def test_a_call_forced_by_name_ends_with_stop(serve: Serve) -> None:
         assert choice["message"]["tool_calls"][0]["function"]["name"] == "b"
 
 
+async def test_tools_stay_in_the_prompt_when_none_may_be_called(serve: Serve) -> None:
+    tools = [{"type": "function", "function": {"name": "a", "parameters": PARAMETERS}}]
+    async with serve() as client:
+
+        async def ask(**fields: object) -> tuple[int, object]:
+            answer = (await client.post("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 9, **fields}))[1]
+            return answer["usage"]["prompt_tokens"], answer["choices"][0]["message"]["tool_calls"]
+
+        plain, _ = await ask()
+        auto, _ = await ask(tools=tools)
+        none, calls = await ask(tools=tools, tool_choice="none")
+        assert none == auto > plain
+        assert calls == []
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_tools(serve: Serve, stream: bool) -> None:
     tools = [{"type": "function", "function": {"name": "search", "parameters": PARAMETERS}}]
