@@ -40,6 +40,8 @@ class BlockStored(NamedTuple):
     parent: int | None
     tokens: tuple[int, ...]
     """Empty when the request came as hashes alone."""
+    salt: str = ""
+    """The request's cache salt, told with the first block of a prompt only (`parent` is None)."""
 
 
 class BlockRemoved(NamedTuple):
@@ -142,10 +144,19 @@ class BlockPool:
             n -= 1
         return out
 
-    def register(self, blocks: Sequence[int], hashes: Sequence[int], start: int, stop: int, tokens: Any = ()) -> None:
+    def register(
+        self,
+        blocks: Sequence[int],
+        hashes: Sequence[int],
+        start: int,
+        stop: int,
+        tokens: Any = (),
+        salt: str = "",
+    ) -> None:
         """Cache ``blocks[start:stop]``, now full, under ``hashes[start:stop]``.
 
-        `tokens` are the whole sequence's, for the event; none if the caller knows hashes alone.
+        `tokens` are the whole sequence's, for the event; none if the caller knows hashes alone. `salt` is for the
+        event, too.
         """
         cached, hash_of = self._cached, self._hash
         for i in range(start, stop):
@@ -156,7 +167,7 @@ class BlockPool:
         if self.events is not None and start < stop:
             parent = hashes[start - 1] if start else None
             ids = tuple(tokens[start * self.block_size : stop * self.block_size])
-            self.events.append(BlockStored(tuple(hashes[start:stop]), parent, ids))
+            self.events.append(BlockStored(tuple(hashes[start:stop]), parent, ids, "" if start else salt))
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give `blocks` (head first) back, tail first."""

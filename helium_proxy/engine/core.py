@@ -142,6 +142,7 @@ class EmbeddedEngine:
             block_hashes(tokens, self.config.block, salt=salt),
             priority=priority,
             tokens=tokens if self._publish is not None else (),
+            salt=salt,
             directive=directive,
             read_cache=read_cache,
         )

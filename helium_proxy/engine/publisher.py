@@ -89,6 +89,8 @@ class Publisher:
                 "lora_id": None,
                 "medium": "GPU",
                 "lora_name": None,
+                # Per block, what its hash covers besides tokens: the salt stands with a prompt's first.
+                "extra_keys": [(event.salt,) if event.salt and not i else None for i in range(len(event.hashes))],
                 "group_idx": 0,
             }
         if isinstance(event, BlockRemoved):

@@ -16,7 +16,7 @@ class Request:
     __slots__ = (
         "_generated", "arrival", "base", "blocks", "cached_tokens", "computed", "directive", "finished_at",
         "first_token_at", "hashes", "id", "output_tokens", "pin_reply", "preemptions", "priority", "prompt_tokens",
-        "read_cache", "registered", "scheduled_at", "seq", "state", "tokens",
+        "read_cache", "registered", "salt", "scheduled_at", "seq", "state", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -28,6 +28,7 @@ class Request:
         *,
         priority: int = 0,
         tokens: Sequence[int] = (),
+        salt: str = "",
         directive: Any = None,
         read_cache: bool = True,
     ) -> None:
@@ -37,6 +38,7 @@ class Request:
         self.hashes = hashes  # of the full blocks of prompt and reply, as far as known; unknown ones are not cached
         self.priority = priority  # lower is earlier
         self.tokens = tokens  # prompt and reply, for KV events; empty: not told
+        self.salt = salt  # what `hashes` are seeded with, for KV events
         self.directive = directive  # `kv_transfer_params.helium`, see `PinTable`
         self.read_cache = read_cache  # False: nothing is taken from the cache (vLLM: prompt_logprobs)
 

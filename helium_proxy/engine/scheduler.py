@@ -340,7 +340,7 @@ class Scheduler:
     def _register(self, request: Request, full: int) -> None:
         stop = min(full, len(request.hashes))
         if stop > request.registered:
-            self.pool.register(request.blocks, request.hashes, request.registered, stop, request.tokens)
+            self.pool.register(request.blocks, request.hashes, request.registered, stop, request.tokens, request.salt)
             request.registered = stop
 
     def _make_room(self, blocks: int, request: Request) -> bool:

@@ -10,6 +10,7 @@ import zmq
 import zmq.asyncio
 
 from helium_proxy.engine import block_hashes
+from helium_proxy.residency.kv_book import BlockView, EventBook
 
 from .conftest import Serve
 
@@ -59,3 +60,30 @@ async def test_events_are_published_and_replayed(serve: Serve) -> None:
         subscriber.close(0)
         dealer.close(0)
     context.term()
+
+
+async def test_a_salted_call_is_mirrored_as_salted(serve: Serve) -> None:
+    """Read as the proxy reads it: by residency's book and view."""
+    local = "tcp://127.0.0.1:0"
+    context = zmq.asyncio.Context()
+    salted, plain = list(range(1000, 1040)), list(range(3000, 3040))
+    async with serve(kv_events=local, kv_events_replay=local, max_num_batched_tokens=16, max_num_seqs=8) as client:
+        for fields in ({"prompt": salted, "cache_salt": "tenant"}, {"prompt": plain}):
+            await client.post("/v1/completions", {"max_tokens": 1, **fields})
+        dealer = context.socket(zmq.DEALER)
+        dealer.connect((await client.get("/kv_event_sources"))["0"]["replay_endpoint"])
+        view = BlockView("demo", 16)
+        async with asyncio.timeout(10):
+            while not view.resident_tokens(plain):  # a batch is published some time after its step
+                book, view = EventBook(), BlockView("demo", 16)
+                await dealer.send_multipart([b"", (0).to_bytes(8, "big")])
+                while int.from_bytes((frames := await dealer.recv_multipart())[2], "big", signed=True) != -1:
+                    events = book.live(int.from_bytes(frames[2], "big"), frames[3])
+                    assert isinstance(events, list)
+                    for event in events:
+                        view.apply(event)
+        dealer.close(0)
+    context.term()
+    assert book.statistics().undecodable == 0
+    assert view.resident_tokens(plain) == 2
+    assert (view.resident_tokens(salted), view.resident_tokens(salted, "tenant")) == (0, 2)
