@@ -8,8 +8,8 @@ A directive rides in a request's ``kv_transfer_params.helium`` and is carried ou
 - ``{}`` only reports.
 
 Pins stay within a budget of blocks (what several share counts once) and expire. They give way, least worth and then
-longest unused first, to a worthier pin, to a request that could not run beside them even alone, and to one that has
-been next in the queue for `PATIENCE_S`.
+longest unused first, to a worthier pin, to a request that could not run beside them even alone, and to one that waits
+`PATIENCE_S` after it was first next in the queue.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ class Request:
     """One sequence to generate. The first group is the caller's, the second the scheduler's."""
 
     __slots__ = (
-        "_generated", "arrival", "base", "blocks", "cached_tokens", "computed", "directive", "finished_at",
-        "first_token_at", "hashes", "id", "output_tokens", "pin_reply", "preemptions", "priority", "prompt_tokens",
-        "read_cache", "registered", "salt", "scheduled_at", "seq", "state", "tokens",
+        "_generated", "arrival", "base", "blocked_since", "blocks", "cached_tokens", "computed", "directive",
+        "finished_at", "first_token_at", "hashes", "id", "output_tokens", "pin_reply", "preemptions", "priority",
+        "prompt_tokens", "read_cache", "registered", "salt", "scheduled_at", "seq", "state", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -45,6 +45,7 @@ class Request:
         self.state: State = "waiting"
         self.seq = 0  # order of arrival
         self.arrival = 0.0
+        self.blocked_since: float | None = None  # while it waits: when pins first stood beside it, next in the queue
         self.scheduled_at: float | None = None  # start of the step that first scheduled it
         self.first_token_at: float | None = None
         self.finished_at: float | None = None

@@ -58,7 +58,6 @@ class Scheduler:
         self._decoding = 0  # requests that decode
         self._context = 0  # sum of prompt_tokens - base over them: their contexts' sum at tick 0
         self._step: Step | None = None  # started and not finished
-        self._next: tuple[Request, float] | None = None  # next in the queue beside pins, and since when
         self._lacking: tuple[Request, int] | None = (
             None  # next in the queue, which lacks blocks; what it found cached
         )
@@ -166,7 +165,8 @@ class Scheduler:
         ticks = 1 if chunks or preempted else self._steady_ticks(max_ticks)
         self._step = step = Step(now, first_s, slope_s, ticks, decoding, chunks, skipped)
         if ticks > 1 and self._waiting and self.pins.blocks:  # a pin that gives way may let one of them in
-            patience = self._next[1] + PATIENCE_S if self._next is not None else inf
+            since = self._waiting[-1][3].blocked_since
+            patience = inf if since is None else since + PATIENCE_S
             step.ticks = step.ticks_until(min(patience, self.pins.next_expiry))
         return step.end(step.ticks)
 
@@ -306,6 +306,7 @@ class Scheduler:
                 self._lacking = request, len(hit)
                 return
             self._waiting.pop()
+            request.blocked_since = None
             pool.touch(hit)
             self.pins.used(hit, now)
             request.blocks = hit
@@ -324,16 +325,16 @@ class Scheduler:
             budget -= n
 
     def _relieve(self, request: Request, blocks: int, hit: list[int], now: float) -> None:
-        """Take pinned blocks for `request`, next in the queue, if it could not run beside the pins even alone, or has
-        been next for long; as the connector does."""
+        """Take pinned blocks for `request`, next in the queue, if it could not run beside the pins even alone, or was
+        first next long ago; as the connector does."""
         pool, pins, shared = self.pool, self.pins, set(hit)
         if blocks > pool.capacity - pins.blocks:
             shortage = blocks + pins.outside(shared) - pool.capacity
             pins.relieve(shortage, lambda b: b not in shared)
-        if self._next is None or self._next[0] is not request:
-            self._next = request, now
-        elif now >= self._next[1] + PATIENCE_S:
-            self._next = request, now
+        if request.blocked_since is None:
+            request.blocked_since = now
+        elif now >= request.blocked_since + PATIENCE_S:
+            request.blocked_since = now
             shortage = blocks - len(hit) + pool.idle(hit) - pool.free
             pins.relieve(shortage, lambda b: b not in shared and pool.references(b) == 1)
 

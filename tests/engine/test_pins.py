@@ -115,6 +115,21 @@ def test_pins_delay_a_request_no_longer_than_patience(most: int) -> None:
     assert s.pins.names() == ()
 
 
+def test_requests_that_go_first_do_not_renew_the_pins_patience() -> None:
+    s = make(blocks=20, pin_budget=0.5, policy="priority")
+    pinned(s, "a", 24, {"pin": "a"})
+    s.add(request("runs", 8, 60), 10.0)
+    now = step_at(s, 10.0, 1)
+    waits = request("waits", 48, priority=1)  # 12 blocks; 14 are not pinned, but 2 and more of them are taken
+    s.add(waits, now)
+    while waits.scheduled_at is None:
+        s.add(request(f"tiny{now}", 1, 1), now)
+        now = step_at(s, now, 1)
+        assert now < 30.0
+    assert 5.0 <= waits.scheduled_at - waits.arrival <= 7.0
+    assert s.pins.names() == ()
+
+
 def test_a_reset_takes_pins_only_when_nothing_runs() -> None:
     s = make(blocks=16)
     pinned(s, "a", 8, {"pin": "a"})
