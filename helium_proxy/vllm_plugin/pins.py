@@ -131,9 +131,6 @@ class PinLedger:
     def pinned_blocks(self) -> int:
         return len(self._holders)
 
-    def holds(self, block: int) -> bool:
-        return block in self._holders
-
     def held_blocks(self) -> tuple[int, ...]:
         return tuple(self._holders)
 
