@@ -6,13 +6,13 @@ is one reference on each of its blocks, so vLLM neither evicts nor overwrites th
 When vLLM calls      the connector
 request_finished     obeys the request's directive: its blocks are computed, hashed and not yet freed
 get_num_new_matched  (a waiting request is about to be admitted) gives up pins that keep it from ever fitting at once,
-                     pins that it has waited for longer than `patience_s` then
+                     others once it was first here `patience_s` ago
 update_state_after   (it was admitted) notes which pins it used
 build_connector_meta (every step) gives up expired pins
 reset_prefix_cache   (of the pool) gives up all pins, when they are all that stands in the way
 
 Not supported: hybrid KV caches (more than one group of layers) and models whose blocks cannot be reused as a prefix;
-directives are answered with an error there. Nothing that a client sends raises in the engine.
+directives are answered with an error there, and the budget is 0. Nothing that a client sends raises in the engine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import get_block_hash
 
-from .pins import BadDirective, Change, Directive, PinLedger, parse_directive
+from .pins import BadDirective, Change, Directive, PinLedger, PinStatistics, parse_directive
 from .stats import PinConnectorStats, PinPromMetrics
 from .versions import check_version, vllm_version
 
@@ -53,6 +53,9 @@ SETTINGS = {
 }
 
 
+MAX_WAITING = 1024  # requests whose waiting is timed; there are more only when that many are overtaken
+
+
 class HeliumMetadata(KVConnectorMetadata):
     """Nothing goes from the scheduler to the workers."""
 
@@ -68,11 +71,15 @@ class HeliumConnector(KVConnectorBase_V1, SupportsHMA):
         self._settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
         check_version(vllm_version(), bool(self._settings["allow_untested_version"]))
         self._clock = time.monotonic
+        self._max_tokens = vllm_config.model_config.max_model_len
+        self._slots_ahead = slots_ahead(vllm_config)
+        self._watermark = float(getattr(vllm_config.scheduler_config, "watermark", 0.0))  # share of the blocks
         # ---- mutable state, on the scheduler's side only ----
         self._pool: BlockPool | None = None
         self._pins = PinLedger(0)  # one reference is held in the pool on each block it holds
-        self._blocked: tuple[str, float] | None = None  # request at the head of the queue, and since when
+        self._waiting: dict[str, float] = {}  # request that was next while pins were held -> since when
         self._reported = -1  # version of the ledger that the metrics show
+        self._told: PinStatistics | None = None  # and what it was
 
     def __repr__(self) -> str:
         return f"<HeliumConnector {self._role.name} {self._pins!r}>"
@@ -89,6 +96,10 @@ class HeliumConnector(KVConnectorBase_V1, SupportsHMA):
         usable = gpu_block_pool.num_gpu_blocks - 1  # block 0 is vLLM's null block
         settings = self._settings
         budget = int(usable * settings["budget_share"])
+        why_not = self._why_not()
+        if why_not is not None:  # nothing can be pinned, and streams are not answered: the metrics must say so
+            budget = 0
+            logger.warning("Helium pins nothing here: %s", why_not)
         self._pins = PinLedger(budget, settings["default_ttl_s"], settings["max_ttl_s"])
         reset = gpu_block_pool.reset_prefix_cache
 
@@ -109,8 +120,7 @@ class HeliumConnector(KVConnectorBase_V1, SupportsHMA):
         return 0, False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        if self._blocked is not None and self._blocked[0] == request.request_id:
-            self._blocked = None
+        self._waiting.pop(request.request_id, None)
         if len(self._pins):
             self._pins.use(request.block_hashes, self._clock())
 
@@ -125,8 +135,7 @@ class HeliumConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self._blocked is not None and self._blocked[0] == request.request_id:
-            self._blocked = None
+        self._waiting.pop(request.request_id, None)
         params = request.kv_transfer_params
         if not params or "helium" not in params:
             return False, None
@@ -151,7 +160,16 @@ class HeliumConnector(KVConnectorBase_V1, SupportsHMA):
         if self._pool is None or self._reported == self._pins.version:
             return None
         self._reported = self._pins.version
-        return PinConnectorStats.of(self._pins.statistics())
+        before, self._told = self._told, self._pins.statistics()
+        return PinConnectorStats.since(before, self._told)
+
+    def _why_not(self) -> str | None:
+        """Why this engine's blocks cannot be pinned, if so."""
+        if self._pool is None or not self._pool.enable_caching:
+            return "prefix caching is off"
+        if len(self._kv_cache_config.kv_cache_groups) != 1:
+            return "hybrid KV caches cannot be pinned"
+        return None
 
     def _obey(self, directive: Directive, request: Request, block_ids: tuple[list[int], ...]) -> None:
         now = self._clock()
@@ -169,11 +187,11 @@ class HeliumConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _prefix(self, directive: Directive, request: Request, block_ids: tuple[list[int], ...]) -> list[int]:
         """Ids of the full blocks of the request's first tokens; raises `BadDirective` when they are not cached."""
+        why_not = self._why_not()
+        if why_not is not None:
+            raise BadDirective(why_not)
         pool = self._pool
-        if pool is None or not pool.enable_caching:
-            raise BadDirective("prefix caching is off")
-        if len(block_ids) != 1:
-            raise BadDirective("hybrid KV caches cannot be pinned")
+        assert pool is not None
         tokens = request.num_prompt_tokens
         if directive.tokens is not None:
             tokens = min(tokens, directive.tokens)
@@ -195,20 +213,23 @@ class HeliumConnector(KVConnectorBase_V1, SupportsHMA):
         assert pool is not None
         size, usable, now = pool.hash_block_size, pool.num_gpu_blocks - 1, self._clock()
         self._apply(self._pins.expire(now))
-        needed = -(-request.num_tokens // size)
+        needed = -(-min(request.num_tokens + self._slots_ahead, self._max_tokens) // size)
         if needed > usable - self._pins.pinned_blocks:
             # Even alone it might not fit; what it shares with a pin it need not get from it.
             shared = self._cached(request, num_computed_tokens // size)
             foreign = sum(block not in shared for block in self._pins.held_blocks())
             shortage = needed - (usable - foreign)
             self._apply(self._pins.relieve(shortage, lambda block: block not in shared))
-        if self._blocked is None or self._blocked[0] != request.request_id:
-            self._blocked = request.request_id, now
-        elif now - self._blocked[1] >= self._settings["patience_s"]:
-            self._blocked = request.request_id, now
+        since = self._waiting.get(request.request_id)
+        if since is None:
+            if len(self._waiting) < MAX_WAITING:
+                self._waiting[request.request_id] = now
+        elif now - since >= self._settings["patience_s"]:
+            self._waiting[request.request_id] = now
             hit = self._cached(request, num_computed_tokens // size)
             idle_hits = sum(pool.blocks[block].ref_cnt == 0 for block in hit)
-            shortage = needed - len(hit) + idle_hits - pool.get_num_free_blocks()
+            wanted = needed - len(hit) + idle_hits + int(self._watermark * pool.num_gpu_blocks)
+            shortage = wanted - pool.get_num_free_blocks()
             self._apply(
                 self._pins.relieve(shortage, lambda block: block not in hit and pool.blocks[block].ref_cnt == 1)
             )
@@ -261,7 +282,7 @@ class HeliumConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PinConnectorStats:
-        return PinConnectorStats(data or {})
+        return PinConnectorStats(dict(data or {}))  # a copy: `aggregate` changes it
 
     @classmethod
     def build_prom_metrics(
@@ -272,6 +293,13 @@ class HeliumConnector(KVConnectorBase_V1, SupportsHMA):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> PinPromMetrics:
         return PinPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def slots_ahead(vllm_config: VllmConfig) -> int:
+    """Most KV slots that the scheduler demands for a waiting request beyond its tokens: for the drafts that it fills
+    up a batch with, and for what the drafter writes ahead."""
+    drafts = int(getattr(vllm_config, "num_speculative_tokens", 0))
+    return drafts + int(getattr(vllm_config, "num_lookahead_tokens", drafts and drafts + 1))  # the most it can be
 
 
 def read_settings(extra: dict[str, Any] | None) -> dict[str, Any]:

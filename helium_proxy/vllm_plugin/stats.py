@@ -14,7 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 from .pins import PinStatistics
 
-# Field of PinStatistics -> metric. Counters are sent as totals and exposed as their growth.
+# Field of PinStatistics -> metric. Counters are sent as their growth: with several front-ends (--api-server-count)
+# vLLM tells one of them at a time, so that none could see in totals what the others have counted.
 GAUGES = {
     "pins": ("vllm:helium_pins", "Named prefixes pinned in the KV cache."),
     "pinned_blocks": ("vllm:helium_pinned_blocks", "KV cache blocks that pins hold."),
@@ -31,17 +32,24 @@ COUNTERS = {
 
 @dataclass
 class PinConnectorStats(KVConnectorStats):
-    """The latest `PinStatistics` as a plain dict, since it crosses processes; a later one replaces an earlier."""
+    """`PinStatistics` as a plain dict, since it crosses processes: the gauges as they are, the counters' growth."""
 
     @classmethod
-    def of(cls, statistics: PinStatistics) -> PinConnectorStats:
-        return cls(asdict(statistics))
+    def since(cls, before: PinStatistics | None, now: PinStatistics) -> PinConnectorStats:
+        """What happened after `before` (None: ever)."""
+        data = asdict(now)
+        if before is not None:
+            data |= {field: data[field] - getattr(before, field) for field in COUNTERS}
+        return cls(data)
 
     def reset(self) -> None:
         self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        self.data.update(other.data)
+        self.data |= {
+            field: value + self.data.get(field, 0) if field in COUNTERS else value
+            for field, value in other.data.items()
+        }
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -69,7 +77,6 @@ class PinPromMetrics(KVConnectorPromMetrics):
         self._counters = {
             field: self._per_engine(metric_types[Counter], name, text) for field, (name, text) in COUNTERS.items()
         }
-        self._seen: dict[tuple[int, str], int] = {}  # (engine, counter's field) -> last total
 
     def _per_engine(self, metric_type: Any, name: str, text: str, **options: Any) -> dict[int, Any]:
         metric = metric_type(name=name, documentation=text, labelnames=self._labelnames, **options)
@@ -80,6 +87,4 @@ class PinPromMetrics(KVConnectorPromMetrics):
             if field in self._gauges:
                 self._gauges[field][engine_idx].set(value)
             elif field in self._counters:
-                grown = value - self._seen.get((engine_idx, field), 0)
-                self._seen[engine_idx, field] = value
-                self._counters[field][engine_idx].inc(max(grown, 0))
+                self._counters[field][engine_idx].inc(value)

@@ -39,6 +39,27 @@ def test_blocks_are_held_and_given_back(probe: dict[str, Any]) -> None:
     assert (probe["held"], probe["leaked"]) == (1000, 0)
 
 
+def test_requests_that_go_first_do_not_renew_the_pins_patience(probe: dict[str, Any]) -> None:
+    assert probe["overtaken_waited_s"] == pytest.approx(5, abs=0.2)
+    assert probe["remembered_after_aborts"] == 0
+    assert probe["remembered_of_2000"] == 1024
+
+
+def test_what_the_scheduler_demands_beyond_the_tokens_is_made_room_for(probe: dict[str, Any]) -> None:
+    """Slots for speculative decoding, for which a request alone need not wait; the watermark, when others run."""
+    assert probe["lookahead_waited_s"] == 0
+    assert probe["watermark_waited_s"] == pytest.approx(5, abs=0.2)
+
+
+def test_where_nothing_can_be_pinned_the_budget_is_nothing(probe: dict[str, Any]) -> None:
+    assert probe["budgets"] == {"one group": 1200, "two groups": 0, "no caching": 0}
+
+
+def test_counters_add_up_over_several_front_ends(probe: dict[str, Any]) -> None:
+    """vLLM gives a step's statistics to one of them."""
+    assert probe["front_ends"] == {"refused": 4, "logged": 4, "idle": True}
+
+
 def test_settings_are_checked_at_the_start(probe: dict[str, Any]) -> None:
     assert "no setting 'budget'" in probe["unknown_setting"]
     assert "budget_share must be in [0, 1)" in probe["bad_setting"]
