@@ -27,6 +27,6 @@ exec vllm serve "$MODEL" \
   --tensor-parallel-size "$count" \
   --enable-prompt-tokens-details \
   --scheduling-policy priority \
-  --kv-transfer-config '{"kv_connector":"HeliumConnector","kv_connector_module_path":"helium_proxy.vllm_plugin","kv_role":"kv_both"}' \
+  --kv-transfer-config '{"kv_connector":"HeliumConnector","kv_connector_module_path":"helium_proxy.vllm_plugin","kv_role":"kv_producer"}' \
   --kv-events-config '{"enable_kv_cache_events":true,"publisher":"zmq","endpoint":"tcp://*:5557","replay_endpoint":"tcp://*:5558","topic":"kv-events"}' \
   "$@"

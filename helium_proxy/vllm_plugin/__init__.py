@@ -3,7 +3,7 @@
 Runs inside the vLLM worker and imports vLLM and the standard library only. Loaded with one flag::
 
     --kv-transfer-config '{"kv_connector": "HeliumConnector",
-                           "kv_connector_module_path": "helium_proxy.vllm_plugin", "kv_role": "kv_both"}'
+                           "kv_connector_module_path": "helium_proxy.vllm_plugin", "kv_role": "kv_producer"}'
 
 ``HeliumConnector`` is imported when asked for, so that the bookkeeping in `pins` can be used without vLLM.
 """

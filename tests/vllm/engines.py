@@ -34,7 +34,7 @@ except ImportError:  # run as a script, or with this folder on the path
 PIN_CONNECTOR: dict[str, Any] = {
     "kv_connector": "HeliumConnector",
     "kv_connector_module_path": "helium_proxy.vllm_plugin",
-    "kv_role": "kv_both",
+    "kv_role": "kv_producer",
 }
 BLOCK_SIZE = 128  # tokens; vLLM's default on CPU
 
