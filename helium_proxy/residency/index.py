@@ -26,6 +26,10 @@ from helium_proxy.residency.holders import Chain, Holders
 __all__ = ["Chain", "Holders", "ResidencyStatistics", "WorkerResidency"]
 
 
+_NAMELESS = 1 << 64
+"""Blocks are named by 64-bit hashes, and those whose content is not known by numbers from here on."""
+
+
 @dataclass(frozen=True, slots=True)
 class ResidencyStatistics:
     """Counts of blocks: `referenced` by running calls, `anonymous` of those (outputs and tails, which have no
@@ -53,6 +57,7 @@ class WorkerResidency:
         self._free: OrderedDict[int, None] = OrderedDict()  # resident, held by nobody, least recent first
         self._held: dict[str, tuple[Chain, int, bool]] = {}  # call → chain, anonymous blocks, whether token-exact
         self._anonymous = 0  # sum of the latter
+        self._nameless = _NAMELESS  # the next of the blocks whose content is not known
         self._pins: dict[str, Chain] = {}  # pin's name → its blocks
         self._pinned: Counter[int] = Counter()  # block → pins that hold it
         self._pinned_idle = 0  # of these, blocks that no running call holds
@@ -133,7 +138,8 @@ class WorkerResidency:
 
     def finish(self, call: str, extension: Chain = ()) -> None:
         """A call ended: its blocks become evictable. `extension` is the rest of its chain through its output, which
-        stays cached as well. Unknown calls are ignored (the worker was cleared meanwhile)."""
+        stays cached as well; where it is not known, the output's blocks take their room all the same. Unknown calls
+        are ignored (the worker was cleared meanwhile)."""
         held = self._held.pop(call, None)
         if held is None:
             return
@@ -143,11 +149,12 @@ class WorkerResidency:
         if exact and self._following:
             self._leave(chain)
             return
-        for block in reversed(extension):
+        for block in reversed(extension) if extension else range(self._nameless, self._nameless + anonymous):
             if block not in refs:
                 free[block] = None
                 free.move_to_end(block)
         self._holders.add(self.bit, extension)
+        self._nameless += 0 if extension else anonymous
         self._release(chain)
         self._evict()
 

@@ -52,6 +52,18 @@ def test_blocks_of_running_calls_cannot_go() -> None:
     assert index.match(chain(*"xyz")) == 0
 
 
+def test_an_output_that_is_not_known_takes_its_room_all_the_same() -> None:
+    index = WorkerResidency(10)
+    index.admit("a", chain(*"xyz"), 4)
+    index.finish("a")
+    assert index.statistics().free == 7, "the engine keeps a reply's blocks as it does a prompt's"
+    index.admit("b", chain(*"pqr"), 4)
+    index.finish("b")
+    assert index.match(chain(*"xyz")) == 3, "what is oldest goes first: the first call's reply"
+    index.admit("c", chain(*"st"), 1)
+    assert index.match(chain(*"xyz")) == 0
+
+
 def test_the_output_extends_the_chain() -> None:
     index = WorkerResidency(10)
     whole = chain("x", "y", "answer", "more")
@@ -152,6 +164,7 @@ class Mirror(RuleBasedStateMachine):
         self.running: dict[str, tuple[tuple[int, ...], int]] = {}
         self.free: list[int] = []  # least recent first
         self.count = 0
+        self.outputs: list[int] = []
 
     def held(self) -> set[int]:
         return {block for blocks, _ in self.running.values() for block in blocks}
@@ -189,8 +202,10 @@ class Mirror(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         call = data.draw(st.sampled_from(sorted(self.running)))
-        blocks, _ = self.running.pop(call)
+        blocks, anonymous = self.running.pop(call)
         self.index.finish(call)
+        self.free += [(1 << 64) + len(self.outputs) + i for i in range(anonymous)]
+        self.outputs += [0] * anonymous
         self.settle(blocks)
 
     @rule(capacity=st.integers(1, 20))
