@@ -31,7 +31,8 @@ PLOTS = ROOT / "docs" / "benchmarks"
 _HEAD = """# Benchmarks
 
 Everything here is generated from result files by `python -m benchmarks.report` (in `.venv/bin`, as all commands
-here), and measured by `python -m benchmarks.report --run publish`, or a part of it with `--only`; `python -m
+here), and measured by `python -m benchmarks.report --run publish`, or a part of it with `--only` (how many repeats,
+systems and runs a table has is said with it: some were published with fewer than the command takes); `python -m
 benchmarks.optimality`, `.planning`, `.calibrate`, `.replay` and `.gpu.run` are run by themselves. `make bench`
 measures the main parts, shortened to half an hour, in their place; `make bench-quick` looks at the same shapes in
 five minutes.
@@ -113,13 +114,15 @@ _NUMERICS = (
     "nothing about the systems."
 )
 _PARTS = (
-    "`python -m benchmarks.gpu.run --mps --blocks 1024`, with `--batch` for the runs given below: stock vLLM (0.24, "
+    "`python -m benchmarks.gpu.run --vllm-python PYTHON --mps --blocks 1024`, with `--batch`, `--systems` and "
+    "`--repeats` for what is given below: stock vLLM (0.24, "
     "into which the pinning plugin is not loaded), random weights. One card stands for several: CUDA's Multi-Process "
     "Service gives each engine an equal part of its multiprocessors, so that none has what another "
     f"leaves idle; memory bandwidth is common. {_NUMERICS}"
 )
 _TURNS = (
-    "`python -m benchmarks.gpu.run --blocks 2048 --scale 1 --out gpu_shared`, batches that the engines hold. Engines "
+    "`python -m benchmarks.gpu.run --vllm-python PYTHON --blocks 2048 --scale 1 --out gpu_shared`, batches that the "
+    "engines hold. Engines "
     "that share a GPU so take turns on it: what one leaves idle the other has, so that balance is worth nothing, and "
     "a router that keeps to one engine decodes in fewer, larger batches."
 )

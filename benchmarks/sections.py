@@ -280,7 +280,8 @@ def gpu_rates(results: Results) -> str:
     ]
     table = markdown_table(["calls × (prompt + output)", "measured s", "simulated s", "error"], body)
     return (
-        f"## The simulator's `{about['profile']}` against the card\n\n`python -m benchmarks.gpu.rates`: the profile "
+        f"## The simulator's `{about['profile']}` against the card\n\n`python -m benchmarks.gpu.rates --vllm-python "
+        "PYTHON`: the profile "
         "is a roofline of published rates and stated efficiencies, fitted to nothing. Here one engine has the whole "
         f"card; calls start together, share no prefix, and are timed at the client: {about['engine_versions'][0]} "
         f"({about['model']}, with a vocabulary of 8,192) on "

@@ -11,13 +11,13 @@ import asyncio
 import random
 import selectors
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from benchmarks.affinity import Affinity
 from benchmarks.minimum import minimum_tokens
 from benchmarks.workloads.base import Call, Roles, Run, Sizes, Workload
 from benchmarks.workloads.text import Writer
@@ -143,7 +143,7 @@ class Simulation:
             known = self.dispatcher.state.join(engine.name, frozenset({"demo"}), self.block, config.blocks - 1)
             known.rates.calibrated(*config.timing.alone())
         self._turn = 0
-        self._trees: list[set[int]] = [set() for _ in self.engines]
+        self._affinity = Affinity(count)
         self._loads = [0] * count
 
     # -- the system's ways with a call
@@ -160,25 +160,11 @@ class Simulation:
             self._turn += 1
             index = self._turn % len(self.engines)
         else:
-            index = self._affinity(token_chain(tokens, self.block))
+            index = self._affinity.pick(token_chain(tokens, self.block), self._loads)
         self._loads[index] += 1
         await self._run(self.engines[index], f"c{self._sequence}", tokens, call)
         self._loads[index] -= 1
         return self._reply(tokens, call)
-
-    def _affinity(self, chain: Sequence[int]) -> int:
-        low, high = min(self._loads), max(self._loads)
-        if high - low > 64 and high > 1.5 * low:
-            index = self._loads.index(low)
-        else:
-            matches = [_match(chain, tree) for tree in self._trees]
-            best = max(matches)
-            if chain and best / len(chain) > 0.3:
-                index = matches.index(best)
-            else:
-                index = min(range(len(self._trees)), key=lambda i: len(self._trees[i]))
-        self._trees[index].update(chain)
-        return index
 
     async def _helium(self, call: Call, tokens: array[int], key: bytes) -> str:
         now = self.loop.time()
@@ -318,12 +304,3 @@ class _NoPool:
 
     def all(self) -> list[Any]:
         return []
-
-
-def _match(chain: Sequence[int], tree: set[int]) -> int:
-    count = 0
-    for block in chain:
-        if block not in tree:
-            break
-        count += 1
-    return count

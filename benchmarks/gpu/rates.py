@@ -1,4 +1,5 @@
-"""One vLLM engine alone on a GPU against the embedded engine's profile: ``python -m benchmarks.gpu.rates``.
+"""One vLLM engine alone on a GPU against the embedded engine's profile: ``python -m benchmarks.gpu.rates
+--vllm-python PYTHON``.
 
 The simulator's GPU profiles are rooflines of published rates (`helium_proxy.engine.profile`). This runs prefills of
 several lengths and decodes in batches of several sizes on a real engine and compares their durations.

@@ -22,8 +22,9 @@ def poisson(batch: int, seed: int) -> list[float]:
 
 
 def bursts(batch: int, seed: int) -> list[float]:
-    """The same rate on average, eight runs at a time."""
-    return [(index // BURST) * BURST / RATE for index in range(batch)]
+    """The same rate on average, eight runs at a time; in a small batch a third of them, so that there are several."""
+    burst = max(1, min(BURST, batch // 3))
+    return [(index // burst) * burst / RATE for index in range(batch)]
 
 
 POISSON = Workload(
