@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from json import detect_encoding
+from json import dumps as slow_dumps
 from json import loads as slow_loads
 from typing import Any
 
@@ -20,7 +21,7 @@ from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.sse import with_end_told
 from helium_proxy.workers.upstream import HOP_BY_HOP, SendFailed, Upstream
 from helium_proxy.workers.worker import Worker
-from helium_proxy.workflow import strip_headers
+from helium_proxy.workflow import strip_headers, strip_tags
 
 # The client's own credentials and what describes its connection to us stay here.
 _NOT_SENT = HOP_BY_HOP | {
@@ -35,6 +36,19 @@ _NOT_SENT = HOP_BY_HOP | {
 # Possessive and bounded, for the time it takes would else grow with the square of a hostile body.
 _FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]++\r\n){0,8}+\r\n([^\r\n]{1,256})\r\n')
 _STORED = re.compile(r"(/v1/responses/)([^/]+)")
+_FILLING = frozenset(
+    {
+        "/v1/chat/completions/batch",
+        "/v1/systemone",
+        "/v2/rerank",
+        "/rerank",
+        "/score",
+        "/pooling",
+        "/classify",
+    }
+)
+"""Routes of vLLM's that go through here and fill KV blocks; all take `cache_salt` at the top of the body. (Those for
+audio do not know it.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +83,14 @@ class Passing:
             return
         kind = headers.get("content-type", "")
         form = _FORM_MODEL.search(body) if kind.startswith("multipart/") else None
-        model = form[1].decode("utf-8", "replace") if form else self.model(parse(body))
+        if form:
+            model: str | None = form[1].decode("utf-8", "replace")
+        else:
+            read = parse(body)
+            model = self.model(read)
+            if read is not None:
+                salts = self._services.settings.auth.salt_tenants and scope["path"] in _FILLING
+                body = _own_body(body, read, tenant if salts else None)
         raw = Raw(scope["method"], path_of(scope), headers, body)
         workers = self._able(model)[: self._services.settings.pool.max_attempts]
         with self._services.watches.watching(scope, receive, self._timeout_s):
@@ -171,6 +192,35 @@ class Passing:
 def sent_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Of a request's headers, those that a worker sees."""
     return {k: v for k, v in strip_headers(headers).items() if k not in _NOT_SENT}
+
+
+def tenant_salt(tenant: str, own: Any) -> str:
+    """A tenant's `cache_salt`, with the client's own in it: none chooses its way into another's blocks."""
+    return f"{len(tenant)}:{tenant}" + (f":{own}" if isinstance(own, str) else "")
+
+
+def _own_body(raw: bytes, body: dict[str, Any], tenant: str | None) -> bytes:
+    """`raw`, which reads `body`, without what is the proxy's alone to say, and with the salt of `tenant`, if any.
+    Where nothing has to go, its bytes stay, with the salt at their end."""
+    kept, changed = strip_tags(body)
+    xargs = kept.get("vllm_xargs")
+    if isinstance(xargs, dict) and "kv_cache_report_mode" in xargs:  # it would have blocks counted twice
+        left = {name: value for name, value in xargs.items() if name != "kv_cache_report_mode"}
+        kept = {name: value for name, value in kept.items() if name != "vllm_xargs"}
+        kept, changed = {**kept, "vllm_xargs": left} if left else kept, True
+    own = body.get("cache_salt")
+    if tenant is not None and (own is None or isinstance(own, str)):  # others the engine refuses
+        salt = tenant_salt(tenant, own)
+        if not changed and "cache_salt" not in body:
+            head, brace, rest = as_utf8(raw).rpartition(b"}")
+            return head + (b"," if body else b"") + b'"cache_salt":' + orjson.dumps(salt) + brace + rest
+        kept, changed = {**kept, "cache_salt": salt}, True
+    if not changed:
+        return raw
+    try:
+        return orjson.dumps(kept)
+    except TypeError:  # an integer of more than 64 bits, a lone surrogate, deep nesting
+        return slow_dumps(kept).encode()
 
 
 _DIGITS = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))

@@ -188,6 +188,31 @@ async def test_tenants_blocks_can_be_kept_apart(stack: Stack) -> None:
     assert len(set(salts)) == 4, "a client cannot choose its way into another tenant's blocks"
 
 
+async def test_routes_that_pass_keep_tenants_blocks_apart_too(stack: Stack) -> None:
+    worker = await stack.fake(always=lambda seen: seen.json({}))
+    proxy = await stack.proxy(worker, auth={"keys": KEYS, "salt_tenants": True})
+
+    async def sent(key: str, path: str, content: bytes) -> bytes:
+        headers = {**bearer(key), "content-type": "application/json"}
+        assert (await proxy.client.post(path, content=content, headers=headers)).status_code == 200
+        return worker.seen[-1].raw
+
+    plain = b'{"model": "demo", "messages": [[]], "seed": 1e0 }'
+    await sent("sk-one", CHAT, json.dumps(chat()).encode())
+    salt = worker.seen[-1].body["cache_salt"]
+    for path in (f"{CHAT}/batch", "/rerank", "/score", "/v2/rerank", "/pooling", "/classify", "/v1/systemone"):
+        assert await sent("sk-one", path, plain) == plain[:-1] + b',"cache_salt":"' + salt.encode() + b'"}'
+        for own in (f'"{salt}"', '"mine"', "null"):
+            body = json.loads(await sent("sk-two", path, b'{"model": "demo", "cache_salt": %s}' % own.encode()))
+            assert body["cache_salt"].startswith("3:two"), "a client cannot choose its way into another's blocks"
+    assert json.loads(await sent("sk-one", f"{CHAT}/batch", b"{}"))["cache_salt"] == salt
+    assert json.loads(await sent("sk-one", f"{CHAT}/batch", '{"a": "é"}'.encode("utf-16")))["cache_salt"] == salt
+    assert json.loads(await sent("sk-one", f"{CHAT}/batch", b'{"cache_salt": 7}')) == {"cache_salt": 7}
+    for other in (b"[1 ]", b'{"model" : "demo"}', b"oops", b""):
+        assert await sent("sk-one", "/tokenize", other) == other
+        assert await sent("sk-one", "/v1/unknown", other) == other
+
+
 def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text("- {key: sk-a, tenant: a}\n- {key: sk-b, tenant: b, admin: true}\n")

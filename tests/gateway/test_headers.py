@@ -43,6 +43,24 @@ async def test_helium_s_own_fields_and_headers_are_stripped(stack: Stack) -> Non
     assert seen.headers["traceparent"].startswith("00-0af7651916cd43dd8448eb211c80319c")
 
 
+async def test_routes_that_pass_are_stripped_of_them_too(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    body = chat(
+        helium=_OWN,
+        kv_transfer_params={"helium": {"pin": "x"}},
+        vllm_xargs={"kv_cache_report_mode": "full", "mine": 1},
+        seed=2**70,
+    )
+    await proxy.client.post(f"{CHAT}/batch", json=body)
+    assert worker.seen[-1].body == chat(vllm_xargs={"mine": 1}, seed=2**70)
+    await proxy.client.post(f"{CHAT}/batch", json=chat(vllm_xargs={"kv_cache_report_mode": "full"}))
+    assert worker.seen[-1].body == chat()
+    raw = b'{ "model":"demo", "n" : 1.0, "vllm_xargs": {"mine": 1}, "cache_salt": "mine" }'
+    await proxy.client.post(f"{CHAT}/batch", content=raw)
+    assert worker.seen[-1].raw == raw
+
+
 async def test_a_body_without_tags_reaches_the_worker_byte_for_byte(stack: Stack) -> None:
     worker = await stack.fake()
     proxy = await stack.proxy(worker)
