@@ -13,10 +13,10 @@ from json import loads as slow_loads
 from typing import Any
 
 import orjson
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Scope
 
 from helium_proxy.errors import InvalidRequest, NotFound, NoWorker
-from helium_proxy.gateway.http import relayed, send_stream, send_whole
+from helium_proxy.gateway.http import Sending, relayed, send_stream, send_whole
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.sse import with_end_told
 from helium_proxy.workers.upstream import HOP_BY_HOP, SendFailed, Upstream
@@ -70,7 +70,7 @@ class Passing:
         self._timeout_s = services.settings.server.request_timeout_s
 
     async def direct(
-        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes, tenant: str
+        self, scope: Scope, receive: Receive, send: Sending, headers: dict[str, str], body: bytes, tenant: str
     ) -> None:
         """A request of any route and method, to a worker of the model it names; one that names a stored response, to
         the worker that has it. Where a worker gives no answer the next is asked. Raises NotFound for a response of
@@ -96,7 +96,9 @@ class Passing:
         with self._services.watches.watching(scope, receive, self._timeout_s):
             await self._try(raw, workers, send)
 
-    async def unread(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes) -> None:
+    async def unread(
+        self, scope: Scope, receive: Receive, send: Sending, headers: dict[str, str], body: bytes
+    ) -> None:
         """A model call that cannot be read, which is to say that the engine will refuse it."""
         raw = Raw(scope["method"], path_of(scope), headers, body)
         worker = self._able(None)[:1]
@@ -104,7 +106,7 @@ class Passing:
             await self._try(raw, worker, send)
 
     async def _stored(
-        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], body: bytes, given: str
+        self, scope: Scope, receive: Receive, send: Sending, headers: dict[str, str], body: bytes, given: str
     ) -> None:
         """`given` is the id that the client knows; the worker may know the response by another."""
         known = self._services.aliases.get(given, given)
@@ -125,7 +127,7 @@ class Passing:
         self,
         raw: Raw,
         workers: list[Worker],
-        send: Send,
+        send: Sending,
         *,
         elsewhere_on_404: bool = False,
         rename: tuple[bytes, bytes] | None = None,
@@ -149,17 +151,20 @@ class Passing:
                     upstream.close()
             except SendFailed as error:
                 services.pool.note(worker, error)
-                if not left or error.kind == "timeout":
+                if not left or error.kind == "timeout" or send.status:  # an answer that has begun goes on or breaks
                     raise
             finally:
                 worker.inflight -= 1
 
     async def _answer(
-        self, raw: Raw, worker: Worker, upstream: Upstream, send: Send, rename: tuple[bytes, bytes] | None
+        self, raw: Raw, worker: Worker, upstream: Upstream, send: Sending, rename: tuple[bytes, bytes] | None
     ) -> None:
         own = [*relayed(upstream.headers.items()), (b"x-helium-worker", worker.id.encode("latin-1"))]
         if upstream.headers.get("content-type", "").startswith("text/event-stream"):
             await send_stream(send, upstream.status, own, with_end_told(upstream.chunks(), raw.path))
+            return
+        if rename is None and "content-length" not in upstream.headers:  # made as it goes: audio, lines of JSON
+            await send_stream(send, upstream.status, own, upstream.chunks())
             return
         answer = await upstream.read()
         await send_whole(send, upstream.status, own, answer.replace(*rename) if rename else answer)

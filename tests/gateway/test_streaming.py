@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 from unittest.mock import Mock
 
+import httpx
 import orjson
 import pytest
 from serving import CHAT, SLOW, USAGE, Seen, Stack, chat, events, http_client, until
@@ -178,6 +179,41 @@ async def test_a_broken_answer_of_another_route_is_not_taken_for_a_whole_one(sta
     response = await proxy.client.post("/v1/unknown", json={"model": "demo"})
     name, data = events(response.content)[-2]
     assert data["error"]["code"] == "upstream_error", (name, data)
+
+
+async def test_other_routes_streams_are_passed_on_as_they_come(stack: Stack) -> None:
+    """Speech, say, or lines of JSON; one that breaks is not sent again, nor taken for a whole one."""
+    more = asyncio.Event()
+
+    async def speak(seen: Seen) -> None:
+        await seen.start(200, "audio/pcm")
+        await seen.write(b"one")
+        async with asyncio.timeout(10):
+            await more.wait()
+        if seen.body.get("breaks"):
+            seen.die()
+            await seen.gone()
+        else:
+            await seen.write(b"two", more=False)
+
+    workers = [await stack.fake(always=speak), await stack.fake(always=speak)]
+    proxy = await stack.proxy(*workers)
+
+    async def listen(**fields: Any) -> bytes:
+        body = {"model": "demo", **fields}
+        heard = b""
+        async with proxy.client.stream("POST", "/v1/audio/speech", json=body) as response:
+            assert response.headers["content-type"] == "audio/pcm"
+            async for chunk in response.aiter_raw():
+                heard += chunk
+                more.set()
+        return heard
+
+    assert await listen() == b"onetwo"
+    more.clear()
+    with pytest.raises(httpx.RemoteProtocolError):
+        await listen(breaks=True)
+    assert sum(len(w.seen) for w in workers) == 2
 
 
 async def test_the_engine_s_own_error_event_is_passed_on(stack: Stack) -> None:
