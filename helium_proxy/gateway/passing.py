@@ -11,6 +11,7 @@ from json import detect_encoding
 from json import dumps as slow_dumps
 from json import loads as slow_loads
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 from starlette.types import Receive, Scope
@@ -160,6 +161,11 @@ class Passing:
         self, raw: Raw, worker: Worker, upstream: Upstream, send: Sending, rename: tuple[bytes, bytes] | None
     ) -> None:
         own = [*relayed(upstream.headers.items()), (b"x-helium-worker", worker.id.encode("latin-1"))]
+        if "location" in upstream.headers:
+            url = worker.spec.url
+            own = [
+                (k, _from_here(v.decode("latin-1"), url).encode("latin-1") if k == b"location" else v) for k, v in own
+            ]
         if upstream.headers.get("content-type", "").startswith("text/event-stream"):
             await send_stream(send, upstream.status, own, with_end_told(upstream.chunks(), raw.path))
             return
@@ -197,6 +203,25 @@ class Passing:
 def sent_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Of a request's headers, those that a worker sees."""
     return {k: v for k, v in strip_headers(headers).items() if k not in _NOT_SENT}
+
+
+def _from_here(location: str, worker_url: str) -> str:
+    """Where a worker sends a client on to, which cannot reach that worker: without its address, and without what
+    comes before the API's paths in it."""
+    try:
+        there, worker = urlsplit(location), urlsplit(worker_url)
+        # A port that a scheme implies may be left out, and a worker behind TLS does not know that it is.
+        ports = [None if url.port in (80, 443) else url.port for url in (there, worker)]
+        same = there.hostname == worker.hostname and ports[0] == ports[1]
+    except ValueError:
+        return location
+    if not same:
+        return location
+    path = there.path
+    if worker.path and (path + "/").startswith(worker.path + "/"):
+        path = path[len(worker.path) :]
+    # With two slashes at its beginning it would name another host.
+    return there._replace(scheme="", netloc="", path="/" + path.lstrip("/")).geturl()
 
 
 def tenant_salt(tenant: str, own: Any) -> str:

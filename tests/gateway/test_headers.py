@@ -81,6 +81,34 @@ async def test_paths_and_queries_reach_the_worker_as_they_were(stack: Stack) -> 
     assert [s.path for s in worker.seen] == [f"{CHAT}?api-version=1&x=a%2Fb", "/v1/other/a b/content?x=%C3%A9"]
 
 
+async def test_a_redirect_names_no_worker(stack: Stack) -> None:
+    """FastAPI's for a slash too many, say: the worker's address is none that a client can reach."""
+    location = ""
+
+    async def send_on(seen: Seen) -> None:
+        if seen.path == f"/base{CHAT}/":
+            await seen.json({}, 307, location=location)
+        else:
+            await seen.json({"object": "list", "data": [seen.worker.card("demo")]})
+
+    worker = await stack.fake(always=send_on)
+    proxy = await stack.proxy(f"{worker.url}/base")
+    for there, here in (
+        (f"{worker.url}/base{CHAT}?a=b%20c#d", f"{CHAT}?a=b%20c#d"),
+        (f"{worker.url}{CHAT}".replace("http:", "https:"), CHAT),
+        (f"{worker.url}/baseless", "/baseless"),
+        (f"{worker.url}/base//elsewhere", "/elsewhere"),
+        (worker.url, "/"),
+        (worker.url.rpartition(":")[0] + CHAT, worker.url.rpartition(":")[0] + CHAT),
+        ("https://elsewhere/x", "https://elsewhere/x"),
+        ("/v1/x?y", "/v1/x?y"),
+        ("http://[", "http://["),
+    ):
+        location = there
+        response = await proxy.client.post(f"{CHAT}/", json=chat())
+        assert (response.status_code, response.headers["location"]) == (307, here)
+
+
 async def test_the_answer_s_headers(stack: Stack) -> None:
     async def answer(seen: Seen) -> None:
         await seen.json(seen.completion(), x_vllm="kept", connection="close", x_request_id="theirs", date="then")
