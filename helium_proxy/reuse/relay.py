@@ -37,9 +37,15 @@ def renamed(
 
 async def changed(chunks: AsyncIterable[bytes], change: StreamRenamer) -> AsyncIterator[bytes]:
     """`chunks` with `change` made, each as soon as it has come."""
-    async for chunk in chunks:
-        if out := change.feed(chunk):
-            yield out
+    try:
+        async for chunk in chunks:
+            if out := change.feed(chunk):
+                yield out
+    except Exception:
+        # What was whole before the end. Not half an event: that of the error, which comes next, would be lost in it.
+        if held := change.held:
+            yield held
+        raise
     if rest := change.rest:
         yield rest
 
@@ -100,6 +106,9 @@ class StreamRenamer:
     Without that event vLLM would have put the `system_fingerprint` into the event that finishes a choice: so this one
     is held until the next has come, which is there at once.
 
+    An engine that tells usage whatever is asked (``--enable-force-include-usage``) tells it in every event: then the
+    last is left where it is.
+
     Without a new id, and without the usage event to leave out, nothing would be changed.
     """
 
@@ -124,6 +133,11 @@ class StreamRenamer:
         return f"StreamRenamer({self._family.value}, {self._old!r} → {self._new!r})"
 
     @property
+    def held(self) -> bytes:
+        """An event that waits for the next."""
+        return self._held
+
+    @property
     def rest(self) -> bytes:
         """An event still held, and one that the stream left unfinished."""
         return self._held + self._split.rest
@@ -142,8 +156,11 @@ class StreamRenamer:
             self._old = self._find_id(event)
         if self._drop_usage:
             held, self._held = self._held, b""
-            if b'"choices":[]' in event and _USAGE in event:
-                return _stamped(held, event)
+            if _USAGE in event:
+                if b'"choices":[]' in event:
+                    return _stamped(held, event)
+                self._drop_usage, self._marks = False, ()
+                return held + self._named(event)
             event = self._named(event)
             if _FINISH in event:
                 self._held = event

@@ -15,6 +15,8 @@ from .answers import ANSWERS, CHAT, RESPONSES
 
 EACH = pytest.mark.parametrize(("route", "answer"), ANSWERS.values(), ids=ANSWERS.keys())
 
+USAGE = b',"usage":{"prompt_tokens":1,"total_tokens":1,"completion_tokens":0}}\n\n'
+
 
 async def source(pieces: list[bytes], size: int = 9) -> AsyncIterator[bytes]:
     whole = b"".join(pieces)
@@ -51,6 +53,19 @@ async def test_usage_that_was_not_asked_for_is_left_out() -> None:
     assert out.endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.parametrize("size", [1, 9, 10_000])
+async def test_usage_that_is_told_whatever_was_asked_stays(size: int) -> None:
+    """vLLM's --enable-force-include-usage: in every event, and once more at the end."""
+    _, answer = ANSWERS["chat"]
+    pieces = list(events(answer, CHAT, True))
+    forced = [
+        piece if b"[DONE]" in piece or b'"usage":{' in piece else piece.replace(b"\n\n", b"")[:-1] + USAGE
+        for piece in pieces
+    ]
+    change = StreamRenamer(CHAT, None, include_usage=False)
+    assert b"".join([out async for out in changed(source(forced, size), change)]) == b"".join(forced)
+
+
 async def test_a_responses_follower_sees_its_own_metadata() -> None:
     _, answer = ANSWERS["responses"]
     asked = {"metadata": {"run": "two"}}
@@ -74,6 +89,29 @@ async def test_a_stream_passes_event_by_event() -> None:
         heard.append(out)  # noqa: PERF401 -- interleaved with the source's marks
     assert len(heard) == 2 * len(pieces)
     assert set(heard[1::2]) == {b"|"}, "nothing is held back until the next event"
+
+
+@pytest.mark.parametrize("cut", [0, 7], ids=["between events", "in one"])
+async def test_a_stream_that_breaks_off_keeps_what_was_whole(cut: int) -> None:
+    """The event that finishes a choice waits for the usage event. Half of an event would swallow the error's."""
+    _, answer = ANSWERS["chat"]
+    *pieces, usage, _ = events(answer, CHAT, True)
+
+    async def broken() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+        if cut:
+            yield usage[:cut]
+        raise ConnectionError
+
+    async def listen() -> None:
+        async for chunk in changed(broken(), StreamRenamer(CHAT, None, include_usage=False)):
+            heard.append(chunk)  # noqa: PERF401 -- what came before it broke
+
+    heard: list[bytes] = []
+    with pytest.raises(ConnectionError):
+        await listen()
+    assert b"".join(heard) == b"".join(pieces)
 
 
 @EACH
