@@ -67,6 +67,8 @@ class Probe:
             has_priority = status == 200
             if status == 400 and "priority" in str(answer).lower():
                 status, answer = await self._ask(worker)
+            if status == 429 or status >= 500:
+                raise ValueError(f"status {status}")  # of the moment, and not of what it is
         except (SendFailed, ValueError) as error:
             log.info("probe failed", worker=worker.id, error=str(error))
             if self._asked.get(worker.id) == epoch:

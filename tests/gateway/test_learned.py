@@ -133,6 +133,19 @@ async def test_a_refusal_teaches_nothing_and_breaks_nothing(stack: Stack) -> Non
     assert [s.path for s in worker.seen].count("/v1/completions") == 1
 
 
+@pytest.mark.parametrize("status", [429, 500, 503])
+async def test_a_worker_that_was_too_busy_to_say_is_asked_again(stack: Stack, status: int) -> None:
+    worker = await stack.fake()
+    worker.card = lambda model: {"id": model, "owned_by": "vllm"}  # type: ignore[method-assign]
+    worker.then = [lambda seen: seen.json({"error": {"message": "not now"}}, status)] * 2
+    proxy = await stack.proxy(worker, pool={"metrics_interval_s": 0.02})
+    (watched,) = proxy.services.pool.all()
+    for blocks in (100, 200):
+        await until(lambda: len(worker.seen) == blocks // 100)  # noqa: B023 -- called at once
+        worker.kv_blocks = blocks  # a change
+    await until(lambda: watched.facts.has_priority)
+
+
 async def test_a_restarted_worker_is_asked_again(stack: Stack) -> None:
     worker = await stack.fake()
     worker.card = lambda model: {"id": model, "owned_by": "vllm"}  # type: ignore[method-assign]
