@@ -42,6 +42,14 @@ class EngineTokenizer:
         self._text = EngineText()
 
     def request(self, route: str, body: Mapping[str, Any]) -> array[int]:
+        try:
+            return self._request(route, body)
+        except CannotTokenize:
+            raise
+        except Exception as error:  # what the engine will refuse
+            raise CannotTokenize(repr(error)) from error
+
+    def _request(self, route: str, body: Mapping[str, Any]) -> array[int]:
         if route == "/v1/chat/completions":
             generate = body.get("add_generation_prompt", True)
             return render(self._text, body["messages"], body.get("tools") or (), add_generation_prompt=generate)

@@ -87,19 +87,22 @@ class LocalTokenizer:
         return f"<LocalTokenizer {len(self._cache)} pieces, {self._cached} ids>"
 
     def request(self, route: str, body: Mapping[str, Any]) -> array[int]:
-        if route == "/v1/completions":
-            return self._completion(body)
+        try:
+            return self._completion(body) if route == "/v1/completions" else self._chat(route, body)
+        except CannotTokenize:
+            raise
+        except Exception as error:  # whatever a template, or text that is none (a lone surrogate), may cause
+            raise CannotTokenize(repr(error)) from error
+
+    def _chat(self, route: str, body: Mapping[str, Any]) -> array[int]:
         if route != "/v1/chat/completions" or any(body.get(f) for f in _OWN_TEMPLATE):
             raise CannotTokenize(route)
-        try:
-            rendered = self._template.render(
-                messages=self._messages(body["messages"]),
-                tools=_tools(body),
-                add_generation_prompt=body.get("add_generation_prompt", True),
-                **{**self._variables, **(body.get("chat_template_kwargs") or {})},
-            )
-        except (jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise CannotTokenize(str(error)) from error
+        rendered = self._template.render(
+            messages=self._messages(body["messages"]),
+            tools=_tools(body),
+            add_generation_prompt=body.get("add_generation_prompt", True),
+            **{**self._variables, **(body.get("chat_template_kwargs") or {})},
+        )
         return self._pieces(rendered)
 
     def _messages(self, messages: list[Any]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helium_proxy.residency.registry import EngineTokenizer
 from helium_proxy.residency.tokens import CannotTokenize, LocalTokenizer, prompt_pieces
 
 CHAT = "/v1/chat/completions"
@@ -142,6 +143,24 @@ def test_developers(local: LocalTokenizer, whole: tokenizers.Tokenizer) -> None:
 def test_what_cannot_be_known_is_said(local: LocalTokenizer, body: dict[str, Any]) -> None:
     with pytest.raises(CannotTokenize):
         local.request(CHAT, body)
+
+
+def test_whatever_fails_is_said_as_one_thing(local: LocalTokenizer) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}
+    calls = {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    kwargs = {"messages": [user("x")], "chat_template_kwargs": {"messages": []}}
+    for body in (calls, {"messages": [user("\ud800")]}, {"messages": [user(deep)]}, kwargs):
+        with pytest.raises(CannotTokenize):
+            local.request(CHAT, body)
+    for prompt in ([-1], [2**32], "\ud800"):
+        with pytest.raises(CannotTokenize):
+            local.request("/v1/completions", {"prompt": prompt})
+    for body in ({}, {"messages": 7}, {"messages": [user("\ud800")]}):
+        with pytest.raises(CannotTokenize):
+            EngineTokenizer().request(CHAT, body)
 
 
 def test_completions(local: LocalTokenizer, whole: tokenizers.Tokenizer) -> None:
