@@ -23,15 +23,24 @@ _DEFAULT_BLOCK = 16
 _DEFAULT_CHARS = 4.0
 _MAX_MODELS = 256
 
-# What a worker's own `/tokenize` is asked, and what ours must answer alike: roles, white space, scripts, a tool call.
-_PROBES: tuple[list[dict[str, Any]], ...] = (
-    [{"role": "user", "content": "Hello,  world!\n\n1 + 1 = 2 – naïve, 東京 "}],
-    [
-        {"role": "system", "content": "You are terse.\n"},
-        {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": " two "}]},
-        {"role": "assistant", "content": "Three."},
-        {"role": "user", "content": "Go on"},
-    ],
+# What a worker's own `/tokenize` is asked, and what ours must answer alike: white space, scripts; roles, parts; a
+# tool, which engines write in an order of their own. The first must have an answer; the template may refuse others.
+_PROBES: tuple[dict[str, Any], ...] = (
+    {"messages": [{"role": "user", "content": "Hello,  world!\n\n1 + 1 = 2 – naïve, 東京 "}]},
+    {
+        "messages": [
+            {"role": "system", "content": "You are terse.\n"},
+            {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": " two "}]},
+            {"role": "assistant", "content": "Three."},
+            {"role": "user", "content": "Go on"},
+        ]
+    },
+    {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "tools": [
+            {"function": {"parameters": {"type": "object", "properties": {}}, "name": "look"}, "type": "function"}
+        ],
+    },
 )
 
 
@@ -52,7 +61,8 @@ class EngineTokenizer:
     def _request(self, route: str, body: Mapping[str, Any]) -> array[int]:
         if route == "/v1/chat/completions":
             generate = body.get("add_generation_prompt", True)
-            return render(self._text, body["messages"], body.get("tools") or (), add_generation_prompt=generate)
+            tools = body.get("tools") if body.get("tool_choice") != "none" else None
+            return render(self._text, body["messages"], tools or (), add_generation_prompt=generate)
         prompt = body.get("prompt")
         if route != "/v1/completions" or not isinstance(prompt, str):
             raise CannotTokenize(route)
@@ -115,11 +125,11 @@ class Tokenizers:
             candidates = await asyncio.to_thread(_local_tokenizers, folder)  # large ones take a second to load
         if not candidates:
             return
-        for messages in _PROBES:
-            theirs = await self._ask(worker, model.id, messages)
-            if theirs is None:
+        for probe in _PROBES:
+            status, theirs = await self._ask(worker, model.id, probe)
+            if theirs is None and (status != 400 or probe is _PROBES[0]):
                 return  # no `/tokenize`, or no answer: tried again with the next worker
-            candidates = [c for c in candidates if _tokens_of(c, messages) == theirs]
+            candidates = [c for c in candidates if _tokens_of(c, probe) == theirs]
         if not candidates:
             self._tried.add((model.id, folder))
             log.warning("tokenizer differs from the worker's; prompts are hashed as text", model=model.id)
@@ -127,8 +137,9 @@ class Tokenizers:
         self._tokenizers[model.id] = candidates[0]
         log.info("tokenizer verified", model=model.id, worker=worker.id)
 
-    async def _ask(self, worker: Worker, model: str, messages: list[dict[str, Any]]) -> list[int] | None:
-        body = orjson.dumps({"model": model, "messages": messages})
+    async def _ask(self, worker: Worker, model: str, probe: dict[str, Any]) -> tuple[int, list[int] | None]:
+        """The status (0: no answer) and, of a 200, the ids."""
+        body = orjson.dumps({"model": model, **probe})
         try:
             answer = await self._client.send(
                 worker,
@@ -140,11 +151,11 @@ class Tokenizers:
             )
             payload = await answer.read()
         except SendFailed:
-            return None
+            return 0, None
         if answer.status != 200:
-            return None
+            return answer.status, None
         tokens = orjson.loads(payload).get("tokens")
-        return tokens if isinstance(tokens, list) else None
+        return 200, tokens if isinstance(tokens, list) else None
 
 
 def _local_tokenizers(folder: str) -> list[Tokenizer]:
@@ -154,8 +165,8 @@ def _local_tokenizers(folder: str) -> list[Tokenizer]:
     return [LocalTokenizer(path), LocalTokenizer(path, as_parts=True)]
 
 
-def _tokens_of(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int] | None:
+def _tokens_of(tokenizer: Tokenizer, probe: dict[str, Any]) -> list[int] | None:
     try:
-        return list(tokenizer.request("/v1/chat/completions", {"messages": messages}))
+        return list(tokenizer.request("/v1/chat/completions", probe))
     except CannotTokenize:
         return None

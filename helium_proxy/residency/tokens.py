@@ -100,8 +100,7 @@ class LocalTokenizer:
         rendered = self._template.render(
             messages=self._messages(body["messages"]),
             tools=_tools(body),
-            add_generation_prompt=body.get("add_generation_prompt", True),
-            **{**self._variables, **(body.get("chat_template_kwargs") or {})},
+            **{"documents": None, **self._variables, **_template_kwargs(body)},
         )
         return self._pieces(rendered)
 
@@ -233,8 +232,46 @@ def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tools(body: Mapping[str, Any]) -> list[Any] | None:
+    """The tools as vLLM hands them to the template, also where `tool_choice` is none: read into its models and
+    written out again."""
     tools = body.get("tools")
-    return None if not tools or body.get("tool_choice") == "none" else list(tools)
+    return None if tools is None else [_tool(tool) for tool in tools]
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    kind, function = tool.get("type", "function"), tool["function"]
+    name, description = function["name"], function.get("description")
+    parameters = function.get("parameters")
+    if kind != "function" or not isinstance(name, str) or not isinstance(description, str | None):
+        raise CannotTokenize("a tool that is none")
+    if not isinstance(parameters, dict | None):
+        raise CannotTokenize("a tool's parameters that are none")
+    known: dict[str, Any] = {"name": name, "description": description, "parameters": parameters}
+    deferred = tool.get("defer_loading")
+    own = function.get("defer_loading")
+    for flag, value in (("strict", function.get("strict")), ("defer_loading", deferred if own is None else own)):
+        if value is not None:
+            known[flag] = _true_or_false(value)
+    out = {"type": kind, "function": known}
+    return out if deferred is None else {**out, "defer_loading": _true_or_false(deferred)}
+
+
+def _true_or_false(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise CannotTokenize("a flag that engines read in their own way")
+    return value
+
+
+def _template_kwargs(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template is told besides: the client's own, over which vLLM puts what the request says elsewhere."""
+    own = body.get("chat_template_kwargs") or {}
+    effort = body.get("reasoning_effort")
+    told = {**own, "add_generation_prompt": body.get("add_generation_prompt", True)}
+    if effort is not None:
+        told["reasoning_effort"] = effort
+        if "enable_thinking" not in own:
+            told["enable_thinking"] = effort != "none"
+    return told
 
 
 def prompt_pieces(route: str, body: Mapping[str, Any]) -> list[str]:

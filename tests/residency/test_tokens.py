@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from serving import Seen, Stack, until
 
 from helium_proxy.residency.registry import EngineTokenizer
 from helium_proxy.residency.tokens import CannotTokenize, LocalTokenizer, prompt_pieces
@@ -115,9 +117,67 @@ def test_tools_and_their_calls(local: LocalTokenizer, whole: tokenizers.Tokenize
     assert 'f({"a": 1})g({})' in said
     assert "tool\none\ntwo<" in said
     assert '"name": "é"' in said
-    assert "tools" not in decoded(
-        whole, local.request(CHAT, {"messages": messages, "tools": tools, "tool_choice": "none"})
-    )
+    assert said == decoded(whole, local.request(CHAT, {"messages": messages, "tools": tools, "tool_choice": "none"}))
+
+
+def test_tools_are_written_as_the_engine_writes_them(local: LocalTokenizer, whole: tokenizers.Tokenizer) -> None:
+    """vLLM 0.32's ChatCompletionToolsParam, read and dumped again."""
+
+    def written(tool: dict[str, Any]) -> Any:
+        said = decoded(whole, local.request(CHAT, {"messages": [user("x")], "tools": [tool]}))
+        return said.partition("tools\n")[2].partition("<|im_end|>")[0]
+
+    for tool, out in (
+        (
+            {"function": {"parameters": {"b": 1, "a": 2}, "name": "f", "mine": 1}, "type": "function", "mine": 1},
+            '{"type": "function", "function": {"name": "f", "description": null, "parameters": {"b": 1, "a": 2}}}',
+        ),
+        (
+            {
+                "function": {
+                    "strict": True,
+                    "description": "d",
+                    "name": "f",
+                    "parameters": None,
+                    "defer_loading": None,
+                }
+            },
+            '{"type": "function", "function": {"name": "f", "description": "d", "parameters": null, "strict": true}}',
+        ),
+        (
+            {"function": {"name": "f"}, "defer_loading": False},
+            '{"type": "function", "function": {"name": "f", "description": null, "parameters": null, '
+            '"defer_loading": false}, "defer_loading": false}',
+        ),
+    ):
+        assert written(tool) == out
+    bad: Any
+    for bad in ({"type": "x", "function": {"name": "f"}}, {"function": {"name": 7}}, {"function": {}}, 7):
+        with pytest.raises(CannotTokenize):
+            local.request(CHAT, {"messages": [user("x")], "tools": [bad]})
+
+
+def test_what_the_template_is_told_besides(folder: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    told = "{{ [reasoning_effort is defined and reasoning_effort, enable_thinking is defined and enable_thinking, "
+    (tmp_path / "chat_template.jinja").write_text(told + "add_generation_prompt, documents, mine] }}")
+    local, reader = LocalTokenizer(tmp_path), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for fields, out in (
+        ({}, "[False, False, True, None, Undefined]"),
+        ({"reasoning_effort": "low"}, "['low', True, True, None, Undefined]"),
+        ({"reasoning_effort": "none"}, "['none', False, True, None, Undefined]"),
+        (
+            {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False, "reasoning_effort": "x"}},
+            "['low', False, True, None, Undefined]",
+        ),
+        ({"chat_template_kwargs": {"reasoning_effort": "x", "mine": 1}}, "['x', False, True, None, 1]"),
+        (
+            {"add_generation_prompt": False, "chat_template_kwargs": {"add_generation_prompt": True}},
+            "[False, False, False, None, Undefined]",
+        ),
+    ):
+        assert decoded(reader, local.request(CHAT, {"messages": [user("x")], **fields})) == out
 
 
 def test_developers(local: LocalTokenizer, whole: tokenizers.Tokenizer) -> None:
@@ -152,6 +212,7 @@ def test_whatever_fails_is_said_as_one_thing(local: LocalTokenizer) -> None:
     for _ in range(100_000):
         deep = [deep]
     kwargs = {"messages": [user("x")], "chat_template_kwargs": {"messages": []}}
+    body: dict[str, Any]
     for body in (calls, {"messages": [user("\ud800")]}, {"messages": [user(deep)]}, kwargs):
         with pytest.raises(CannotTokenize):
             local.request(CHAT, body)
@@ -161,6 +222,56 @@ def test_whatever_fails_is_said_as_one_thing(local: LocalTokenizer) -> None:
     for body in ({}, {"messages": 7}, {"messages": [user("\ud800")]}):
         with pytest.raises(CannotTokenize):
             EngineTokenizer().request(CHAT, body)
+
+
+@pytest.mark.parametrize(
+    ("tools", "template", "trusted"),
+    [
+        ("as ours", TEMPLATE, True),
+        ("as given", TEMPLATE, False),
+        ("refused", TEMPLATE, False),
+        ("refused", "{% if tools %}{{ raise_exception('none') }}{% endif %}{{ messages[0].content }}", True),
+        ("all refused", "{{ raise_exception('none') }}", False),
+    ],
+)
+async def test_a_tokenizer_is_trusted_that_writes_tools_as_the_worker_does(
+    stack: Stack, folder: Path, tmp_path: Path, tools: str, template: str, trusted: bool
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(template)
+    theirs = LocalTokenizer(tmp_path)
+    asked = []
+
+    async def worker_s(seen: Seen) -> None:
+        if seen.path != "/tokenize":
+            await seen.json({}, 400)
+            return
+        asked.append(seen)
+        if tools == "all refused" or (tools == "refused" and "tools" in seen.body):
+            await seen.json({"error": {}}, 400)
+            return
+        ids = theirs.request(CHAT, seen.body)
+        await seen.json({"tokens": [*ids, 1] if tools == "as given" and "tools" in seen.body else list(ids)})
+
+    worker = await stack.fake(always=worker_s)
+    worker.card = lambda model: {"id": model, "owned_by": "vllm", "root": str(tmp_path)}  # type: ignore[method-assign]
+    proxy = await stack.proxy(worker)
+    if trusted:
+        await until(lambda: proxy.services.tokenizers.get("demo") is not None)
+    else:
+        await until(lambda: len(asked) == (1 if tools == "all refused" else 3))
+        await asyncio.sleep(0.05)
+        assert proxy.services.tokenizers.get("demo") is None
+
+
+async def test_the_embedded_engine_s_tokens_are_its_own(stack: Stack) -> None:
+    proxy = await stack.proxy(await stack.engine())
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for fields in ({}, {"tools": tools}, {"tools": tools, "tool_choice": "none"}):
+        body = {"model": "demo", "messages": [user("Hello")], "max_tokens": 2, **fields}
+        answer = (await proxy.client.post(CHAT, json=body)).json()
+        assert answer["usage"]["prompt_tokens"] == len(EngineTokenizer().request(CHAT, body))
 
 
 def test_completions(local: LocalTokenizer, whole: tokenizers.Tokenizer) -> None:
