@@ -40,6 +40,10 @@ log = structlog.get_logger(__name__)
 _TICK_S = 1.0
 _TOUCH = 0.4
 """Of a worker's blocks: once so many were filled since a prefix was last used there, it may be next to go."""
+_AGAIN_S = 4.0
+"""After a prefix was prefilled on a worker it is let be there so long, and twice as long each time that it is not
+resident then: by then a mirror that is told of blocks has given up what the engine has not named."""
+_AGAIN_MOST_S = 256.0
 _SOURCE_TOKENS = 65_536
 _TENDED = 8
 """Workers whose pins are planned in one tick: in a larger fleet they take turns."""
@@ -72,6 +76,8 @@ class Ahead:
         self._prefixes = Prefixes()
         self._asked: dict[str, tuple[str, str]] = {}  # call under way → its directive's verb and the pin it names
         self._wake = asyncio.Event()
+        # worker and epoch → prefix → not before, and the wait
+        self._later: dict[tuple[str, int], dict[str, tuple[float, float]]] = {}
         self._turn = 0  # of the workers, whose pins are planned next
         self._sites = Sites(settings, state, self._wake.set)
         self._lookahead = Lookahead(
@@ -181,6 +187,8 @@ class Ahead:
         now = self._clock()
         self._lookahead.tick(now)
         self._sites.keep({w.id for w in self._pool})
+        for gone in self._later.keys() - {(w.id, w.epoch) for w in self._pool}:
+            del self._later[gone]
         if self._settings.pins:
             workers = self._pool.all()
             for worker in [workers[(self._turn + i) % len(workers)] for i in range(min(_TENDED, len(workers)))]:
@@ -209,7 +217,7 @@ class Ahead:
             known.residency.unpin(name)
             known.version += 1
         site.used = {pin.name: site.used.get(pin.name, site.filled) for pin in pins}
-        self._count_losses(site, worker, known)
+        self._count_losses(site, worker, known, now)
         if not self._sites.idle(worker, known) or site.prewarm is not None:
             return
         renewals, surplus = site.pins.renewals(now), site.pins.surplus()
@@ -220,19 +228,28 @@ class Ahead:
         elif settings.prewarm:
             self._touch(site, worker, known.capacity, size, now)
 
-    def _count_losses(self, site: Site, worker: Worker, known: WorkerState) -> None:
+    def _count_losses(self, site: Site, worker: Worker, known: WorkerState, now: float) -> None:
         whole = {n for n, pin in site.pins.planned.items() if known.residency.match(pin.chain) == len(pin.chain)}
         lost = (site.resident & site.pins.planned.keys()) - whole
         if lost:
             metrics.PREFIXES_LOST.labels(worker.id).inc(len(lost))
         site.resident = whole
+        if later := self._later.get((worker.id, worker.epoch)):
+            self._later[worker.id, worker.epoch] = {
+                name: (until, wait)
+                for name, (until, wait) in later.items()
+                if name in site.pins.planned and (now < until or name not in whole)
+            }
 
     def _touch(self, site: Site, worker: Worker, capacity: int, size: int, now: float) -> None:
         """Prefills the worthiest prefix that has been lost, or is about to be."""
+        later = self._later.get((worker.id, worker.epoch), {})
         for name, pin in site.pins.planned.items():
             pinned = site.pins.held(name)
             fresh = pinned or site.filled - site.used.get(name, 0) < _TOUCH * capacity
             if (fresh and name in site.resident) or not isinstance(pin.source, Source):
+                continue
+            if name in later and now < later[name][0]:
                 continue
             directive = None
             if worker.facts.has_plugin:
@@ -252,9 +269,12 @@ class Ahead:
         """Prefills a static prefix, and pins it where that can be."""
         try:
             report = await self._prewarmer.ask(worker, pin.chain, pin.source, None, "static", directive)
-        except BaseException:
+        except BaseException as error:
             site.pins.forget(pin.name)
+            if isinstance(error, Exception):  # else it gave way to a call
+                self._put_off(worker, pin.name)
             raise
+        self._put_off(worker, pin.name)
         if directive is None:
             return
         if report is None or report.get("error"):
@@ -280,6 +300,12 @@ class Ahead:
         self._unpinned(site, worker.id, name)
 
     # -- helpers
+
+    def _put_off(self, worker: Worker, name: str) -> None:
+        later = self._later.setdefault((worker.id, worker.epoch), {})
+        _, wait = later.get(name, (0.0, _AGAIN_S / 2))
+        wait = min(2 * wait, _AGAIN_MOST_S)
+        later[name] = (self._clock() + wait, wait)
 
     def _pinned(self, site: Site, worker: str, name: str) -> None:
         chain, known = site.pins.obeyed(name), self._state.workers.get(worker)

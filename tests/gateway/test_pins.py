@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from serving import CHAT, Seen, Stack, answer, until
@@ -104,6 +105,44 @@ async def test_without_the_plugin_a_lost_prefix_is_prefilled_again_when_the_work
     text = (await proxy.client.get("/metrics")).text
     assert 'helium_calls_total{fate="computed",model="demo",node="critic"' in text
     assert proxy.services.dispatcher.statistics().running == 0
+
+
+async def test_a_prefix_that_never_becomes_resident_is_tried_ever_more_seldom(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await stack.engine(num_blocks=256, max_model_len=2048)
+    proxy = await stack.proxy(engine, reuse=NO_REUSE, pool={"probe": False}, directives={"lookahead": False})
+    (worker,) = proxy.services.pool.all()
+    ahead, residency = proxy.services.ahead, proxy.services.dispatcher.state.workers[worker.id].residency
+    await batch(proxy, 1000)
+    await planned(proxy)
+    start = now = ahead._clock()
+    tried: list[float] = []
+    ask = ahead._prewarmer.ask
+
+    async def fail(*_: Any) -> None:
+        tried.append(now - start)
+        if len(tried) % 2:
+            raise RuntimeError("no answer that can be read")
+
+    monkeypatch.setattr(ahead._prewarmer, "ask", fail)
+    monkeypatch.setattr(ahead, "_clock", lambda: now)  # which stops its own loop, too
+
+    async def seconds(count: int) -> None:
+        nonlocal now
+        for _ in range(count):
+            ahead._tick()
+            await until(lambda: all(site.prewarm is None for site in ahead._sites))
+            now += 1.0
+
+    residency.clear()
+    await seconds(61)
+    assert tried == [0, 4, 12, 28, 60]
+    monkeypatch.setattr(ahead._prewarmer, "ask", ask)
+    await seconds(64 + 2)
+    assert residency.match(next(iter(ahead._sites)).pins.planned.popitem()[1].chain), "and it is tried all the same"
+    await seconds(128)
+    assert not any(ahead._later.values()), "what has become resident has no past"
 
 
 @pytest.mark.parametrize("waiting", ["review", "another"])
