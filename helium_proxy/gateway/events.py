@@ -23,6 +23,10 @@ class EventFeeds:
 
     A worker is followed if its prompts can be tokenized here exactly (else its blocks have no name in common with
     ours) and if it is one engine: of several ranks behind one URL nobody knows which will be given a call.
+
+    Its mirror is what the events say while they say all: from the engine's first batch on, or since it emptied its
+    cache. Else (the proxy came later than a replay reaches back, a gap could not be filled) blocks would be missing
+    for good, and the mirror guesses, as without events.
     """
 
     def __init__(
@@ -66,20 +70,25 @@ class EventFeeds:
         if len(sources) != 1 or known is None or self._epochs.get(worker.id) != epoch:
             return
         view = BlockView(model, size)
-        heard = False
+        told = False  # whether the mirror is what the events say
 
         def take(name: str, event: Event) -> None:
-            nonlocal heard
+            nonlocal told
             change = view.apply(event)
             mirror = self._state.workers.get(name)
             if mirror is None:
                 return
             mirror.version += 1
-            if change.cleared or not heard:
-                heard = True  # until the first event it is not known whether any can be heard
+            was, told = told, subscriber.book.whole and view.fits
+            if told and (change.cleared or not was):
                 mirror.residency.follow(view.blocks)
-            mirror.residency.stored(change.stored)
-            mirror.residency.dropped(change.dropped)
+            elif was and not told:
+                mirror.residency.follow(None)
+            if was != told:
+                log.info("KV cache mirrored", worker=name, by="events" if told else "guessing")
+            if told:
+                mirror.residency.stored(change.stored)
+                mirror.residency.dropped(change.dropped)
 
         subscriber = KvEventSubscriber(worker.id, sources[0], take)
         self._tasks[worker.id] = asyncio.create_task(subscriber.run(), name=f"KV events {worker.id}")

@@ -121,7 +121,7 @@ class EventBook:
         # State. `_copies`: hash → copies, in order of first arrival. `_next`: number of the batch expected next;
         # `_last`: the bytes of the one before it, by which a restarted engine is told from the same one. `_live`: the
         # highest number the subscription delivered, `_held`: a live batch that waits for a replay before it.
-        # `_group`: the KV cache group that is followed (hybrid models have several).
+        # `_whole`: see `whole`. `_group`: the KV cache group that is followed (hybrid models have several).
         self._copies: dict[BlockHash, int] = {}
         self._next = 0
         self._last: bytes | None = None
@@ -129,6 +129,7 @@ class EventBook:
         self._held: tuple[int, bytes] | None = None
         self._from_zero = True  # the replay that was asked for is of everything
         self._joining = False  # nothing is known and nothing can be replayed: the next live batch is the first
+        self._whole = False
         self._group: int | None = None
         self._applied = self._gaps = self._resets = self._undecodable = 0
 
@@ -140,6 +141,12 @@ class EventBook:
 
     def __contains__(self, block: BlockHash) -> bool:
         return block in self._copies
+
+    @property
+    def whole(self) -> bool:
+        """Whether all that is resident is known: the history began with the engine's first batch, or its cache has
+        been emptied since. Else blocks from before, and all that follows them in a prompt, are not."""
+        return self._whole
 
     def resync(self) -> NeedReplay:
         """What to ask after a (re)connection, or to find out whether something was missed."""
@@ -203,10 +210,13 @@ class EventBook:
         self._next = 0
         self._last = None
         self._group = None
+        self._whole = False
         self._resets += 1
         return [Cleared(reason)]
 
     def _apply(self, number: int, payload: bytes) -> list[Event]:
+        if self._last is None:
+            self._whole = number == 0
         self._next = number + 1
         self._last = payload
         self._applied += 1
@@ -229,6 +239,7 @@ class EventBook:
                     events += self._removed(event)
                 case _:
                     self._copies.clear()
+                    self._whole = True
                     events.append(Cleared("engine"))
         return events
 
@@ -313,12 +324,19 @@ class BlockView:
         # State: engine's hash → chain hash of every block whose whole prefix is known, and the inverse.
         self._chain_of: dict[BlockHash, int] = {}
         self._block_of: dict[int, BlockHash] = {}
+        self._fits: bool | None = None  # whether blocks of our size have been stored; None: no blocks at all
 
     def __repr__(self) -> str:
         return f"BlockView({self._model}, {len(self._block_of)} blocks of {self._block_size})"
 
     def __len__(self) -> int:
         return len(self._block_of)
+
+    @property
+    def fits(self) -> bool:
+        """False where the engine's blocks are all of another size than was said (with decode context parallelism
+        they are larger): then none of them is seen."""
+        return self._fits is not False
 
     @property
     def blocks(self) -> Mapping[int, BlockHash]:
@@ -354,6 +372,10 @@ class BlockView:
         return self.resident(token_chain(tokens, self._block_size, salt_of(self._model, cache_salt)))
 
     def _store(self, event: Stored) -> Change:
+        if event.block_size == self._block_size:
+            self._fits = True
+        elif self._fits is None:
+            self._fits = False
         if event.opaque or event.block_size != self._block_size:
             return Change()
         if event.parent is None:

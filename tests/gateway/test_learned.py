@@ -8,9 +8,10 @@ import socket
 from unittest.mock import AsyncMock
 
 import pytest
-from serving import Engine, Proxy, Seen, Stack, answer, until
+from serving import CHAT, Engine, Proxy, Seen, Stack, answer, chat, http_client, until
 
 from helium_proxy.gateway.events import EventFeeds
+from helium_proxy.residency.kv_book import BlockView
 from helium_proxy.residency.kv_events import EventSource
 from helium_proxy.workers.probe import Probe
 
@@ -205,6 +206,35 @@ async def test_a_reset_cache_is_noticed(stack: Stack) -> None:
     assert (await proxy.client.post(f"{engine.url}/reset_prefix_cache")).status_code == 200
     await proxy.chat("short")  # the engine's next step tells
     await until(lambda: mirror.statistics().free < 10)
+
+
+@pytest.mark.parametrize("why", ["late", "other blocks"])
+async def test_events_that_do_not_say_all_are_not_followed(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """What the engine held before anybody listened is in none of them, nor can what follows it be told from them."""
+    if why == "other blocks":
+        monkeypatch.setattr("helium_proxy.gateway.events.BlockView", lambda model, size: BlockView(model, size // 2))
+    engine = await stack.engine(kv_events=ANYWHERE, kv_events_replay=None if why == "late" else ANYWHERE)
+    shared = words(60, 1)
+    async with http_client(engine.url) as client:
+        assert (await client.post(CHAT, json=chat(shared, max_tokens=1))).status_code == 200
+    proxy = await stack.proxy(engine, reuse={"enabled": False, "coalesce": False}, pool={"probe": False})
+    (worker,) = proxy.services.pool.all()
+    await until(lambda: proxy.services.events.followed(worker.id))
+    residency = proxy.services.dispatcher.state.workers[worker.id].residency
+    for run in ("first", "again"):
+        await proxy.chat(f"{shared} {words(20, 2)}", max_tokens=1, helium={"run": run})
+        await asyncio.sleep(0.1)  # for the events to come
+        for _ in range(3):
+            proxy.services.events.tick()
+    run = (await proxy.client.get("/helium/runs/again")).json()
+    assert run["nodes"][0]["predicted_cached_tokens"] == run["nodes"][0]["cached_tokens"] > 100
+    assert not residency._following
+    if why == "late":
+        assert (await proxy.client.post(f"{engine.url}/reset_prefix_cache")).status_code == 200
+        await proxy.chat("short")
+        await until(lambda: residency._following and residency.statistics().free < 10)
 
 
 async def test_following_ends_with_the_worker(stack: Stack) -> None:

@@ -202,6 +202,30 @@ def test_cleared_by_the_engine() -> None:
     assert book.live(*batch(2, removed(1))) == [Removed((1,))]
 
 
+def test_a_history_is_whole_from_the_first_batch_or_an_empty_cache_on() -> None:
+    def late(*events: dict[str, Any]) -> EventBook:
+        return started(batch(7, stored([1])), batch(8, *events))
+
+    assert not started().whole, "there is no history yet"
+    assert started(batch(0, stored([1])), batch(1)).whole
+    assert not late().whole
+    assert late(cleared(), stored([2])).whole
+    for number, whole in ((0, True), (3, False)):
+        book = EventBook()
+        assert replay(book, None, book.resync()) == []
+        book.live(*batch(number, stored([1])))
+        assert book.whole is whole, "without a replay"
+    engine = [batch(i, stored([i])) for i in range(100)]
+    book = started(*engine[:2])
+    assert replay(book, engine[90:], book.live(*engine[99]))[0] == Cleared("lost")
+    assert not book.whole
+    book.live(*batch(100, cleared()))
+    assert book.whole
+    again = [batch(0, stored([1]), life=0.5), batch(1, life=0.5)]
+    assert replay(book, again, book.live(*again[1]))[0] == Cleared("restart")
+    assert book.whole
+
+
 def test_memory_is_bounded() -> None:
     book = EventBook(max_blocks=10)
     view = BlockView("m", BLOCK)
@@ -310,6 +334,18 @@ def test_changes_are_in_chain_hashes() -> None:
     assert view.apply(Stored((1, 2), None, tokens, BLOCK)).stored == chain
     assert view.apply(Removed((2, 99))).dropped == chain[1:]
     assert view.apply(Cleared("engine")).cleared
+
+
+def test_blocks_of_another_size_alone_fit_nothing() -> None:
+    view, tokens = BlockView("m", BLOCK), array("I", prompt(8))
+    assert view.fits, "nothing speaks against it"
+    view.apply(Stored((1,), None, tokens, 2 * BLOCK))
+    assert not view.fits
+    view.apply(Cleared("engine"))
+    assert not view.fits
+    view.apply(Stored((1, 2), None, tokens, BLOCK))
+    view.apply(Stored((3,), None, tokens[:2], 2))
+    assert view.fits, "of several sizes, ours is the one"
 
 
 def test_salts_and_adapters_are_apart() -> None:
