@@ -24,6 +24,7 @@ from helium_proxy.errors import (
 )
 from helium_proxy.gateway.afterwards import report
 from helium_proxy.gateway.auth import NOBODY, Principal
+from helium_proxy.gateway.bodies import as_utf8, parse, tenant_salt
 from helium_proxy.gateway.calls import Calls, Served
 from helium_proxy.gateway.http import (
     RawHeaders,
@@ -34,7 +35,7 @@ from helium_proxy.gateway.http import (
     send_stream,
     send_whole,
 )
-from helium_proxy.gateway.passing import Passing, as_utf8, parse, path_of, sent_headers
+from helium_proxy.gateway.passing import Passing, path_of, sent_headers
 from helium_proxy.gateway.replies import Reply
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.sse import stream_error
@@ -198,8 +199,7 @@ class LlmRoutes:
             ticket.hints = hints
         ticket.suggestion = suggestion
         if settings.auth.salt_tenants:
-            own, tenant = body.get("cache_salt"), principal.tenant
-            ticket.salt = f"{len(tenant)}:{tenant}" + (f":{own}" if isinstance(own, str) else "")
+            ticket.salt = tenant_salt(principal.tenant, body.get("cache_salt"))
         ticket.key = self._key(ticket)
         return ticket
 

@@ -7,22 +7,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from json import detect_encoding
-from json import dumps as slow_dumps
-from json import loads as slow_loads
 from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
 from starlette.types import Receive, Scope
 
-from helium_proxy.errors import InvalidRequest, NotFound, NoWorker
+from helium_proxy.errors import NotFound, NoWorker
+from helium_proxy.gateway.bodies import as_utf8, encoded, parse, stripped, tenant_salt
 from helium_proxy.gateway.http import Sending, relayed, send_stream, send_whole
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.sse import with_end_told
 from helium_proxy.workers.upstream import HOP_BY_HOP, SendFailed, Upstream
 from helium_proxy.workers.worker import Worker
-from helium_proxy.workflow import strip_headers, strip_tags
+from helium_proxy.workflow import strip_headers
 
 # The client's own credentials and what describes its connection to us stay here.
 _NOT_SENT = HOP_BY_HOP | {
@@ -224,20 +222,10 @@ def _from_here(location: str, worker_url: str) -> str:
     return there._replace(scheme="", netloc="", path="/" + path.lstrip("/")).geturl()
 
 
-def tenant_salt(tenant: str, own: Any) -> str:
-    """A tenant's `cache_salt`, with the client's own in it: none chooses its way into another's blocks."""
-    return f"{len(tenant)}:{tenant}" + (f":{own}" if isinstance(own, str) else "")
-
-
 def _own_body(raw: bytes, body: dict[str, Any], tenant: str | None) -> bytes:
     """`raw`, which reads `body`, without what is the proxy's alone to say, and with the salt of `tenant`, if any.
     Where nothing has to go, its bytes stay, with the salt at their end."""
-    kept, changed = strip_tags(body)
-    xargs = kept.get("vllm_xargs")
-    if isinstance(xargs, dict) and "kv_cache_report_mode" in xargs:  # it would have blocks counted twice
-        left = {name: value for name, value in xargs.items() if name != "kv_cache_report_mode"}
-        kept = {name: value for name, value in kept.items() if name != "vllm_xargs"}
-        kept, changed = {**kept, "vllm_xargs": left} if left else kept, True
+    kept, changed = stripped(body)
     own = body.get("cache_salt")
     if tenant is not None and (own is None or isinstance(own, str)):  # others the engine refuses
         salt = tenant_salt(tenant, own)
@@ -247,42 +235,7 @@ def _own_body(raw: bytes, body: dict[str, Any], tenant: str | None) -> bytes:
         kept, changed = {**kept, "cache_salt": salt}, True
     if not changed:
         return raw
-    try:
-        return orjson.dumps(kept)
-    except TypeError:  # an integer of more than 64 bits, a lone surrogate, deep nesting
-        return slow_dumps(kept).encode()
-
-
-_DIGITS = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
-_MANY = b"0" * 19
-"""So many digits may be an integer of more than 64 bits, which the fast parser makes a float of."""
-
-
-def parse(raw: bytes) -> dict[str, Any] | None:
-    """The JSON object in `raw`, or None. Raises InvalidRequest where engines may read what is not read here."""
-    try:
-        body = orjson.loads(raw) if _MANY not in raw.translate(_DIGITS) else slow_loads(raw)
-    except (ValueError, RecursionError):
-        try:
-            body = slow_loads(raw)  # NaN, a lone surrogate
-        except ValueError:
-            return None
-        except RecursionError:
-            raise InvalidRequest("the body is nested too deeply") from None
-    return body if isinstance(body, dict) else None
-
-
-def as_utf8(raw: bytes) -> bytes:
-    """JSON in another of Unicode's encodings, or with a byte order mark, as engines read it too, without either."""
-    if raw[:1] == b"{" and raw[1:2] != b"\0":
-        return raw
-    encoding = detect_encoding(raw)
-    if encoding == "utf-8":
-        return raw
-    try:
-        return raw.decode(encoding, "surrogatepass").encode("utf-8", "surrogatepass")
-    except UnicodeDecodeError:
-        return raw
+    return encoded(kept, raw)
 
 
 def path_of(scope: Scope) -> str:

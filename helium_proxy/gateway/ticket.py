@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
+from helium_proxy.gateway.bodies import encoded, stripped
 from helium_proxy.gateway.prewarm import Source
 from helium_proxy.gateway.tracing import CallTrace
 from helium_proxy.reuse import CacheControl
 from helium_proxy.types import Arrival, CallRequest, Hints
-from helium_proxy.workflow import strip_tags
 
 _USAGE_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions"})
 _PROMPTS = {
@@ -116,18 +115,18 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
     Where nothing has to go, additions are put at the end of the bytes as they came, so that every number and every
     escape reaches the engine as the client wrote it, and where it names a column in an error, it is the client's.
     """
-    body, stripped = strip_tags(ticket.request.body)
+    body, changed = stripped(ticket.request.body)
     if (prompt := _PROMPTS.get(ticket.request.route)) is not None and prompt not in body:
         # The engine will refuse it, and say what it got.
-        return _encoded(body, ticket.raw) if stripped else ticket.raw
+        return encoded(body, ticket.raw) if changed else ticket.raw
     new = {name: value for name, value in additions.items() if name not in body}
     merged: dict[str, Any] = {
         name: {**body[name], **value}
         for name, value in additions.items()
         if isinstance(value, dict) and isinstance(body.get(name), dict)
     }
-    if ticket.salt and isinstance(body.get("cache_salt"), str):
-        merged["cache_salt"] = ticket.salt  # the client's is in it: none chooses its way into another's blocks
+    if ticket.salt and "cache_salt" in body and isinstance(body["cache_salt"], str | None):
+        merged["cache_salt"] = ticket.salt  # the client's is in it; what is no text, the engine refuses
     if ticket.previous is not None:
         merged["previous_response_id"] = ticket.previous
     if ticket.request.route == "/v1/responses" and "request_id" not in body:
@@ -137,10 +136,10 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
         options = body["stream_options"]
         merged["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
         usage = False
-    if stripped or merged:
+    if changed or merged:
         if usage:
             new["stream_options"] = {"include_usage": True}
-        return _encoded({**body, **merged, **new}, ticket.raw)
+        return encoded({**body, **merged, **new}, ticket.raw)
     parts = [orjson.dumps(new)[1:-1]] if new else []
     if usage:
         parts.append(_USAGE)
@@ -149,13 +148,3 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
     head, brace, rest = ticket.raw.rpartition(b"}")
     comma = b"," if body else b""
     return head + comma + b",".join(parts) + brace + rest
-
-
-def _encoded(body: Mapping[str, Any], raw: bytes) -> bytes:
-    """`body`, which came as `raw`, or most of it."""
-    if b"NaN" in raw or b"Infinity" in raw:  # which the fast encoder makes null of
-        return json.dumps(body).encode()
-    try:
-        return orjson.dumps(body)
-    except TypeError:  # an integer of more than 64 bits, a lone surrogate, deep nesting
-        return json.dumps(body).encode()

@@ -61,8 +61,7 @@ class EngineTokenizer:
     def _request(self, route: str, body: Mapping[str, Any]) -> array[int]:
         if route == "/v1/chat/completions":
             generate = body.get("add_generation_prompt", True)
-            tools = body.get("tools") if body.get("tool_choice") != "none" else None
-            return render(self._text, body["messages"], tools or (), add_generation_prompt=generate)
+            return render(self._text, body["messages"], body.get("tools") or (), add_generation_prompt=generate)
         prompt = body.get("prompt")
         if route != "/v1/completions" or not isinstance(prompt, str):
             raise CannotTokenize(route)

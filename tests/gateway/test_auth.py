@@ -303,3 +303,29 @@ async def test_no_tenant_has_anothers_responses_forgotten(stack: Stack) -> None:
     assert not services.may_see("resp_5", "one")
     assert services.may_see("resp_0", "one"), "forgotten, within the bound of each tenant"
     assert len(services.tenants["two"]) == 100_000
+
+
+@pytest.mark.parametrize("own", [None, "mine" * 30])
+@pytest.mark.parametrize("tenant", ["team", "team/a", "a@b", "x" * 64])
+async def test_every_call_of_a_tenant_is_salted_as_vllm_takes_it(stack: Stack, own: str | None, tenant: str) -> None:
+    worker = await stack.fake()
+    keys = [{"key": "sk-1", "tenant": tenant}, {"key": "sk-2", "tenant": "other"}]
+    proxy = await stack.proxy(worker, auth={"keys": keys, "salt_tenants": True})
+    salts = set()
+    for key in ("sk-1", "sk-2"):
+        answer = await proxy.chat(cache_salt=own, headers={"authorization": f"Bearer {key}"})
+        assert answer.status_code == 200
+        salts.add(worker.seen[-1].body["cache_salt"])
+    assert len(salts) == 2
+    assert all(0 < len(salt) <= 128 and not set(salt) & set("@/\\\0") for salt in salts)
+
+
+async def test_a_client_has_no_say_in_what_engines_tell_of_their_caches(stack: Stack) -> None:
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    for xargs, left in (
+        ({"kv_cache_report_mode": "full"}, None),
+        ({"kv_cache_report_mode": "full", "a": 1}, {"a": 1}),
+    ):
+        assert (await proxy.chat(vllm_xargs=xargs)).status_code == 200
+        assert worker.seen[-1].body.get("vllm_xargs") == left
