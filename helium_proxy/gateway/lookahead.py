@@ -170,7 +170,7 @@ class Lookahead:
         """What is known of the next call's prompt."""
         source = ended.source
         tokens = None
-        if source.route == _CHAT and prediction.static_body.get("model", source.model) == source.model:
+        if source.route == _CHAT and prediction.model in (None, source.model):
             rendered = self._workflows.rendered(ended.call, prediction)
             conversation = None
             if prediction.extends and ended.reply:

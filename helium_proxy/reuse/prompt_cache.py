@@ -59,7 +59,6 @@ class Backend(Protocol):
 
     async def get(self, key: bytes, now: float) -> Entry | None: ...
     async def set(self, key: bytes, entry: Entry) -> None: ...
-    async def delete(self, key: bytes) -> bool: ...
     async def purge(self, which: PurgeFilter) -> int: ...
     async def close(self) -> None: ...
     def statistics(self) -> BackendStatistics: ...
@@ -104,9 +103,6 @@ class MemoryBackend:
             _, oldest = self._entries.popitem(last=False)
             self._bytes -= oldest.size
             self._evictions += 1
-
-    async def delete(self, key: bytes) -> bool:
-        return self._drop(key)
 
     async def purge(self, which: PurgeFilter) -> int:
         doomed = [key for key, entry in self._entries.items() if which.matches(entry)]
@@ -218,12 +214,9 @@ class PromptCache:
         self._stores += 1
         return True
 
-    async def delete(self, key: bytes) -> bool:
-        """Drop one entry. Raises what the backend raises: a purge that failed must not look done."""
-        return await self._backend.delete(key)
-
     async def purge(self, *, tenant: str | None = None, model: str | None = None, workflow: str | None = None) -> int:
-        """Drop what matches all given; returns how many. Raises what the backend raises, as `delete`."""
+        """Drop what matches all given; returns how many. Raises what the backend raises: a purge
+        that failed must not look done."""
         return await self._backend.purge(PurgeFilter(tenant, model, workflow))
 
     async def close(self) -> None:

@@ -63,10 +63,6 @@ class RedisBackend:
             pipe.pexpire(self._name(key), self._ttl_ms)
             await pipe.execute()
 
-    async def delete(self, key: bytes) -> bool:
-        async with asyncio.timeout(_PURGE_STEP_S):
-            return bool(await self._redis.unlink(self._name(key)))
-
     async def purge(self, which: PurgeFilter) -> int:
         wanted = (which.tenant, which.model, which.workflow)
         removed, cursor = 0, 0

@@ -67,9 +67,6 @@ class SqliteBackend:
     async def set(self, key: bytes, entry: Entry) -> None:
         await self._run(lambda: self._set(key, entry))
 
-    async def delete(self, key: bytes) -> bool:
-        return await self._run(lambda: self._remove("key = ?", [key])) > 0
-
     async def purge(self, which: PurgeFilter) -> int:
         asked = [("tenant", which.tenant), ("model", which.model), ("workflow", which.workflow)]
         given = [(name, value) for name, value in asked if value is not None]

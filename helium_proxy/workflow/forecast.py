@@ -34,13 +34,8 @@ class Prediction:
     """Such calls expected."""
     think_s: float
     """Expected seconds from the last parent's end to the call's arrival."""
-    prompt_tokens: float | None
-    output_tokens: float | None
-    static_messages: tuple[Any, ...]
-    """The known prefix: leading messages as clients send them, equal in every run of the node."""
-    static_tokens: float
-    static_body: Mapping[str, Any]
-    """What else forms that prefix: ``model``, ``tools``."""
+    model: str | None
+    """Which the node's calls have asked for."""
     extends: bool
     """The call's prompt is expected to begin with the finished call's whole prompt and reply."""
 
@@ -240,9 +235,6 @@ class Forecast:
                 totals = self.totals(call.run)
             if not self._ready(call, edge, totals):
                 continue
-            stats = self._nodes[edge.child].stats
-            prompt, output = self.lengths(edge.child)
-            known = stats.static_messages
             out.append(
                 Prediction(
                     node=edge.child[0],
@@ -250,11 +242,7 @@ class Forecast:
                     probability=edge.probability,
                     count=left,
                     think_s=edge.think_s,
-                    prompt_tokens=prompt,
-                    output_tokens=output,
-                    static_messages=stats.static_raw[:known],
-                    static_tokens=(prompt or 0.0) * stats.static_share if known else 0.0,
-                    static_body=stats.static_body,
+                    model=self._nodes[edge.child].stats.model,
                     extends=edge.extends >= _LIKELY,
                 )
             )

@@ -44,7 +44,7 @@ class WorkflowSettings(BaseModel):
     max_templates: int = Field(1_000, ge=1, description="Templates kept, in memory and in the store.")
     max_template_nodes: int = Field(512, ge=1, description="Nodes of one template.")
     max_static_chars: int = Field(
-        65_536, ge=0, description="Characters of static prefix kept per template node for prewarming."
+        65_536, ge=0, description="Characters of leading messages in which a node's static prefix is sought."
     )
     template_refresh_s: float = Field(
         0.25,

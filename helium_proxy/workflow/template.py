@@ -102,9 +102,8 @@ class NodeStats:
     """Sets of parents' keys, how often each."""
     static: tuple[int, ...] | None = None
     """Digests of the leading messages equal in all calls so far."""
-    static_raw: tuple[Any, ...] = ()
-    static_body: Mapping[str, Any] = field(default_factory=dict)
-    """What else of a request forms its prefix: model, tools."""
+    model: str | None = None
+    """Which the first call asked for."""
     static_share: float = 0.0
     """Of the prompt's characters, in the latest call."""
     static_runs: int = 0
@@ -130,8 +129,8 @@ class NodeStats:
                     break
                 kept += 1
             self.static = tuple(message.digest for message in messages[:kept])
-            self.static_raw = tuple(prompt.raw[:kept])
-            self.static_body = {name: body[name] for name in ("model", "tools") if name in body}
+            model = body.get("model")
+            self.model = model if isinstance(model, str) else None
         else:
             same = 0
             for digest, message in zip(self.static, messages, strict=False):
@@ -140,7 +139,6 @@ class NodeStats:
                 same += 1
             if same < len(self.static):
                 self.static = self.static[:same]
-                self.static_raw = self.static_raw[:same]
         if run != self.last_run:
             self.last_run = run
             self.static_runs += 1
@@ -308,7 +306,7 @@ class Template:
         """Everything learned from ended runs, as JSON."""
         return orjson.dumps(
             {
-                "v": 1,
+                "v": 2,
                 "workflow": self.workflow,
                 "tenant": self.tenant,
                 "runs": self.runs,
@@ -322,7 +320,7 @@ class Template:
     def load(cls, key: str, blob: bytes, max_nodes: int = 512, max_static: int = 65_536) -> Template:
         """The inverse of `dump`. Raises `ValueError`, `KeyError` or `TypeError` on a blob it does not know."""
         data = orjson.loads(blob)
-        if data["v"] != 1:
+        if data["v"] != 2:
             raise ValueError(f"unknown template version {data['v']}")
         made = cls(key, data["workflow"], data["tenant"], max_nodes, max_static)
         made.runs = data["runs"]
@@ -345,7 +343,7 @@ def _dump_node(stats: NodeStats) -> dict[str, Any]:
         "output": (stats.output.n, stats.output.mean),
         "outputs": list(stats.outputs),
         "groups": [[list(group), count] for group, count in stats.groups.items()],
-        "static": [stats.static_raw, stats.static_share, stats.static_runs, stats.static_body],
+        "static": [stats.static_share, stats.static_runs, stats.model],
         "static_digests": stats.static,
         "skeleton": None if stats.skeleton is None else stats.skeleton.dump(),
         "edges": [
@@ -365,7 +363,7 @@ def _dump_node(stats: NodeStats) -> dict[str, Any]:
 
 
 def _load_node(item: Mapping[str, Any]) -> NodeStats:
-    raw, share, runs, body = item["static"]
+    share, runs, model = item["static"]
     digests = item["static_digests"]
     return NodeStats(
         key=(item["key"][0], item["key"][1]),
@@ -379,10 +377,9 @@ def _load_node(item: Mapping[str, Any]) -> NodeStats:
         outputs=deque(item["outputs"], maxlen=_SAMPLES),
         groups={frozenset((k[0], k[1]) for k in group): count for group, count in item["groups"]},
         static=None if digests is None else tuple(digests),
-        static_raw=tuple(raw),
         static_share=share,
         static_runs=runs,
-        static_body=body,
+        model=model,
         skeleton=Skeleton.load(skeleton) if (skeleton := item.get("skeleton")) is not None else None,
         edges={
             (child[0], child[1]): EdgeStats(

@@ -75,13 +75,6 @@ async def test_set_replaces(backend: Backend) -> None:
     assert backend.statistics().entries in (1, None)
 
 
-async def test_delete(backend: Backend) -> None:
-    await backend.set(b"k", entry())
-    assert await backend.delete(b"k")
-    assert not await backend.delete(b"k")
-    assert await backend.get(b"k", 1001) is None
-
-
 @pytest.mark.parametrize(
     ("which", "left"),
     [
@@ -294,9 +287,6 @@ class Broken:
     async def set(self, key: bytes, entry: Entry) -> None:
         self._ask()
 
-    async def delete(self, key: bytes) -> bool:
-        return self._ask() is not None
-
     async def purge(self, which: PurgeFilter) -> int:
         self._ask()
         return 0
@@ -347,8 +337,6 @@ async def test_a_purge_that_failed_does_not_look_done() -> None:
     cache = PromptCache(Broken())
     with pytest.raises(OSError, match="down"):
         await cache.purge()
-    with pytest.raises(OSError, match="down"):
-        await cache.delete(b"k")
 
 
 async def test_max_age_and_counts() -> None:
