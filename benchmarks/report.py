@@ -63,7 +63,9 @@ _SECTIONS: tuple[sections.Section, ...] = (
         "The same engines and batches. `sglang-balanced` balances from 4 calls of difference on (by default 64, more "
         "than are in flight here); `vllm-router-kv` places by KV events; `vllm-router-program` is told which calls "
         "are of one program. `helium` is told the workflow, run, node and parents of every call, `helium-untagged` "
-        "nothing, and to `helium-plan` the whole batch is submitted.",
+        "nothing, and to `helium-plan` the whole batch is submitted. Measured once, on a slower and busier machine "
+        "than the campaign above, where the same system's times on one shape differed by a third from hour to "
+        "hour: it is the tokens that can be compared here.",
     ),
     sections.campaign_section(
         "h100",
