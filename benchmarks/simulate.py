@@ -8,6 +8,7 @@ workers with 1,000 runs at a time.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections import deque
@@ -25,7 +26,7 @@ from helium_proxy.dispatch.settings import DispatchSettings
 from helium_proxy.dispatch.state import DispatchState
 from helium_proxy.engine import EngineConfig
 
-from .campaign import here_and_now, save
+from .campaign import RESULTS, here_and_now, save
 from .campaigns import CAMPAIGNS
 from .fleet import Fleet, Node, System, trace
 from .systems import ABLATIONS
@@ -231,7 +232,7 @@ PARTS = ("sweeps", "shapes", "decide", "fleet")
 
 def run(console: Console, *, runs: int, calls: int, limit_s: float, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     """The result file's content."""
-    result: dict[str, Any] = {"about": here_and_now()}
+    result: dict[str, Any] = {"about": dict.fromkeys(parts, here_and_now())}
     result |= {"base": {"workers": _WORKERS, "runs": runs, "shape": "trading", "sizes": "P1"}}
     if "sweeps" in parts:
         sweeps = Sweeps(console, runs)
@@ -258,7 +259,10 @@ def main(runs: int, calls: int, limit: float, parts: str, out: str | None) -> No
     console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
     result = run(console, runs=runs, calls=calls, limit_s=limit, parts=parts.split(","))
     if out:
-        console.print(f"saved {save(result, out)}")
+        path = RESULTS / f"{out}.json"
+        old = json.loads(path.read_text()) if path.exists() else {}
+        result["about"] = {**old.get("about", {}), **result["about"]}
+        console.print(f"saved {save({**old, **result}, out)}")  # what was not measured now stays as it was
 
 
 if __name__ == "__main__":

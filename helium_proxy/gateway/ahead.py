@@ -76,8 +76,6 @@ class Ahead:
         self._prefixes = Prefixes()
         self._asked: dict[str, tuple[str, str]] = {}  # call under way → its directive's verb and the pin it names
         self._wake = asyncio.Event()
-        # worker and epoch → prefix → not before, and the wait
-        self._later: dict[tuple[str, int], dict[str, tuple[float, float]]] = {}
         self._turn = 0  # of the workers, whose pins are planned next
         self._sites = Sites(settings, state, self._wake.set)
         self._lookahead = Lookahead(
@@ -187,8 +185,6 @@ class Ahead:
         now = self._clock()
         self._lookahead.tick(now)
         self._sites.keep({w.id for w in self._pool})
-        for gone in self._later.keys() - {(w.id, w.epoch) for w in self._pool}:
-            del self._later[gone]
         if self._settings.pins:
             workers = self._pool.all()
             for worker in [workers[(self._turn + i) % len(workers)] for i in range(min(_TENDED, len(workers)))]:
@@ -234,22 +230,18 @@ class Ahead:
         if lost:
             metrics.PREFIXES_LOST.labels(worker.id).inc(len(lost))
         site.resident = whole
-        if later := self._later.get((worker.id, worker.epoch)):
-            self._later[worker.id, worker.epoch] = {
-                name: (until, wait)
-                for name, (until, wait) in later.items()
-                if name in site.pins.planned and (now < until or name not in whole)
-            }
+        for name, (until, _) in list(site.later.items()):
+            if name not in site.pins.planned or (name in whole and until <= now):
+                del site.later[name]
 
     def _touch(self, site: Site, worker: Worker, capacity: int, size: int, now: float) -> None:
         """Prefills the worthiest prefix that has been lost, or is about to be."""
-        later = self._later.get((worker.id, worker.epoch), {})
         for name, pin in site.pins.planned.items():
             pinned = site.pins.held(name)
             fresh = pinned or site.filled - site.used.get(name, 0) < _TOUCH * capacity
             if (fresh and name in site.resident) or not isinstance(pin.source, Source):
                 continue
-            if name in later and now < later[name][0]:
+            if name in site.later and now < site.later[name][0]:
                 continue
             directive = None
             if worker.facts.has_plugin:
@@ -272,9 +264,9 @@ class Ahead:
         except BaseException as error:
             site.pins.forget(pin.name)
             if isinstance(error, Exception):  # else it gave way to a call
-                self._put_off(worker, pin.name)
+                self._put_off(site, pin.name)
             raise
-        self._put_off(worker, pin.name)
+        self._put_off(site, pin.name)
         if directive is None:
             return
         if report is None or report.get("error"):
@@ -301,11 +293,10 @@ class Ahead:
 
     # -- helpers
 
-    def _put_off(self, worker: Worker, name: str) -> None:
-        later = self._later.setdefault((worker.id, worker.epoch), {})
-        _, wait = later.get(name, (0.0, _AGAIN_S / 2))
+    def _put_off(self, site: Site, name: str) -> None:
+        _, wait = site.later.get(name, (0.0, _AGAIN_S / 2))
         wait = min(2 * wait, _AGAIN_MOST_S)
-        later[name] = (self._clock() + wait, wait)
+        site.later[name] = (self._clock() + wait, wait)
 
     def _pinned(self, site: Site, worker: str, name: str) -> None:
         chain, known = site.pins.obeyed(name), self._state.workers.get(worker)

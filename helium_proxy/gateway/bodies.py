@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Any
 
@@ -12,22 +13,28 @@ import orjson
 from helium_proxy.errors import InvalidRequest
 from helium_proxy.workflow import strip_tags
 
-_DIGITS = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 _MANY = b"0" * 19
 """So many digits may be an integer of more than 64 bits, which the fast parser makes a float of."""
+_REPORT = "kv_cache_report_mode"
+"""Has an engine publish KV events of blocks that it holds already: whoever follows them would count those twice."""
+_SALT_CHARS = 128
+_NOT_IN_SALTS = frozenset("@/\\\0")
 
 
 def parse(raw: bytes) -> dict[str, Any] | None:
     """The JSON object in `raw`, or None. Raises InvalidRequest where engines may read what is not read here."""
+    body = None
+    if _MANY not in raw.translate(_DIGITS):
+        with suppress(ValueError):
+            body = orjson.loads(raw)
     try:
-        body = orjson.loads(raw) if _MANY not in raw.translate(_DIGITS) else json.loads(raw)
-    except (ValueError, RecursionError):
-        try:
-            body = json.loads(raw)  # NaN, a lone surrogate
-        except ValueError:
-            return None
-        except RecursionError:
-            raise InvalidRequest("the body is nested too deeply") from None
+        if body is None:
+            body = json.loads(raw)  # large integers, NaN, a lone surrogate
+    except ValueError:
+        return None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
     return body if isinstance(body, dict) else None
 
 
@@ -44,14 +51,34 @@ def as_utf8(raw: bytes) -> bytes:
         return raw
 
 
+def odd(raw: bytes) -> bool:
+    """Whether the fast encoder would make something else of what `raw` says: NaN and infinities among its numbers."""
+    if b"NaN" not in raw and b"Infinity" not in raw:
+        return False
+    try:
+        orjson.loads(raw)
+    except ValueError:
+        return True
+    return False  # they are words of a text
+
+
 def encoded(body: Mapping[str, Any], raw: bytes) -> bytes:
     """`body`, which came as `raw`, or most of it."""
-    if b"NaN" in raw or b"Infinity" in raw:  # which the fast encoder makes null of
+    if odd(raw):
         return json.dumps(body).encode()
     try:
         return orjson.dumps(body)
     except TypeError:  # an integer of more than 64 bits, a lone surrogate, deep nesting
         return json.dumps(body).encode()
+
+
+def extended(raw: bytes, body: Mapping[str, Any], new: Mapping[str, Any]) -> bytes:
+    """`raw`, which reads `body`, with `new` fields at its end: every number and every escape reaches the engine as
+    the client wrote it, and where it names a column in an error, it is the client's."""
+    if not new:
+        return raw
+    head, brace, rest = raw.rpartition(b"}")
+    return head + (b"," if body else b"") + orjson.dumps(new)[1:-1] + brace + rest
 
 
 def stripped(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
@@ -63,12 +90,6 @@ def stripped(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
         others = {name: value for name, value in kept.items() if name != "vllm_xargs"}
         return ({**others, "vllm_xargs": left} if left else others), True
     return kept, changed
-
-
-_REPORT = "kv_cache_report_mode"
-"""Has an engine publish KV events of blocks that it holds already: whoever follows them would count those twice."""
-_SALT_CHARS = 128
-_NOT_IN_SALTS = frozenset("@/\\\0")
 
 
 def tenant_salt(tenant: str, own: Any) -> str:

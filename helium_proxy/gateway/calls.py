@@ -80,20 +80,19 @@ class Calls:
 
     async def _cached(self, ticket: Ticket, key: bytes) -> Entry | None:
         cache = self._services.cache
-        if cache is None:
+        if cache is None or not self._referable(ticket, key):
             return None
         now, oldest = self._services.wall(), ticket.control.max_age
         try:
-            entry = cache.peek(key, now, oldest) or await cache.get(key, now, oldest)
+            return cache.peek(key, now, oldest) or await cache.get(key, now, oldest)
         except Exception:
             log.exception("prompt cache failed; the call is computed")
             metrics.FAIL_OPEN.labels("reuse").inc()
             return None
-        return entry if ticket.request.body.get("store") is False or self._still_stored(ticket, key) else None
 
-    def _still_stored(self, ticket: Ticket, key: bytes) -> bool:
-        """Whether a worker still has the response that a hit would name, which may be referred to later."""
-        if ticket.request.route != "/v1/responses":
+    def _referable(self, ticket: Ticket, key: bytes) -> bool:
+        """Whether a later call may refer to a hit: of a response that is to be stored, if a worker still has it."""
+        if ticket.request.route != "/v1/responses" or ticket.request.body.get("store") is False:
             return True
         known = self._computer.replies.get(key)
         owner = self._services.pool.get(self._services.owners.get(known.id or "", "")) if known is not None else None

@@ -24,7 +24,7 @@ from helium_proxy.errors import (
 )
 from helium_proxy.gateway.afterwards import report
 from helium_proxy.gateway.auth import NOBODY, Principal
-from helium_proxy.gateway.bodies import as_utf8, parse, tenant_salt
+from helium_proxy.gateway.bodies import as_utf8, odd, parse, tenant_salt
 from helium_proxy.gateway.calls import Calls, Served
 from helium_proxy.gateway.http import (
     RawHeaders,
@@ -228,7 +228,7 @@ class LlmRoutes:
         if request.body.get("model") == "":
             return None  # engines differ in what they make of that
         try:
-            if "origin" in request.headers or b"NaN" in ticket.raw or b"Infinity" in ticket.raw:
+            if "origin" in request.headers or odd(ticket.raw):
                 return None  # an answer with headers for one page; numbers that are none
             if cacheable(request.body, request.route):
                 weights = self._services.pool.weights(request.model)

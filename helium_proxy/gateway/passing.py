@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import orjson
 from starlette.types import Receive, Scope
 
 from helium_proxy.errors import NotFound, NoWorker
-from helium_proxy.gateway.bodies import as_utf8, encoded, parse, stripped, tenant_salt
+from helium_proxy.gateway.bodies import as_utf8, encoded, extended, parse, stripped, tenant_salt
 from helium_proxy.gateway.http import Sending, relayed, send_stream, send_whole
 from helium_proxy.gateway.services import Services
 from helium_proxy.gateway.sse import with_end_told
@@ -230,12 +229,9 @@ def _own_body(raw: bytes, body: dict[str, Any], tenant: str | None) -> bytes:
     if tenant is not None and (own is None or isinstance(own, str)):  # others the engine refuses
         salt = tenant_salt(tenant, own)
         if not changed and "cache_salt" not in body:
-            head, brace, rest = as_utf8(raw).rpartition(b"}")
-            return head + (b"," if body else b"") + b'"cache_salt":' + orjson.dumps(salt) + brace + rest
+            return extended(as_utf8(raw), body, {"cache_salt": salt})
         kept, changed = {**kept, "cache_salt": salt}, True
-    if not changed:
-        return raw
-    return encoded(kept, raw)
+    return encoded(kept, raw) if changed else raw
 
 
 def path_of(scope: Scope) -> str:

@@ -38,6 +38,8 @@ class Site:
     """prefix → `filled` when it was last used; the planned ones."""
     resident: set[str] = field(default_factory=set)
     """Planned prefixes that were resident at the last look."""
+    later: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Planned prefix → before when it is not prefilled again, and how long that wait was."""
     prewarm: Prewarm | None = None
 
 
@@ -72,6 +74,7 @@ class Sites:
             site.epoch = worker.epoch
             site.pins.clear()
             site.resident.clear()
+            site.later.clear()
         return site
 
     def keep(self, workers: set[str]) -> None:

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
-from helium_proxy.gateway.bodies import encoded, stripped
+from helium_proxy.gateway.bodies import encoded, extended, stripped
 from helium_proxy.gateway.prewarm import Source
 from helium_proxy.gateway.tracing import CallTrace
 from helium_proxy.reuse import CacheControl
@@ -21,7 +19,6 @@ _PROMPTS = {
     "/v1/responses": "input",
     "/v1/messages": "messages",
 }
-_USAGE = b'"stream_options":{"include_usage":true}'
 
 
 @dataclass(slots=True)
@@ -93,7 +90,7 @@ class Ticket:
 
     @property
     def plain(self) -> bool:
-        """Whether the answer's form is one we know: then equal calls of other forms may share it."""
+        """Whether the answer's form is one we know, so that equal calls may share it."""
         stream, options = self.request.body.get("stream"), self.request.body.get("stream_options")
         if options is None:
             return stream is None or isinstance(stream, bool)
@@ -112,8 +109,7 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
     """The body for the worker: the client's without Helium's own fields, with `additions` (top-level fields; a
     client's field of the same name stays, but objects are merged).
 
-    Where nothing has to go, additions are put at the end of the bytes as they came, so that every number and every
-    escape reaches the engine as the client wrote it, and where it names a column in an error, it is the client's.
+    Where nothing has to go, additions are put at the end of the bytes as they came.
     """
     body, changed = stripped(ticket.request.body)
     if (prompt := _PROMPTS.get(ticket.request.route)) is not None and prompt not in body:
@@ -131,20 +127,9 @@ def payload(ticket: Ticket, additions: Mapping[str, Any]) -> bytes:
         merged["previous_response_id"] = ticket.previous
     if ticket.request.route == "/v1/responses" and "request_id" not in body:
         new["request_id"] = ticket.request.id  # the id under which the engine stores the response
-    usage = ticket.adds_usage
-    if usage and "stream_options" in body:
-        options = body["stream_options"]
-        merged["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
-        usage = False
+    if ticket.adds_usage:
+        options = body.get("stream_options")
+        (merged if "stream_options" in body else new)["stream_options"] = {**(options or {}), "include_usage": True}
     if changed or merged:
-        if usage:
-            new["stream_options"] = {"include_usage": True}
         return encoded({**body, **merged, **new}, ticket.raw)
-    parts = [orjson.dumps(new)[1:-1]] if new else []
-    if usage:
-        parts.append(_USAGE)
-    if not parts:
-        return ticket.raw
-    head, brace, rest = ticket.raw.rpartition(b"}")
-    comma = b"," if body else b""
-    return head + comma + b",".join(parts) + brace + rest
+    return extended(ticket.raw, body, new)

@@ -48,7 +48,7 @@ NESTED_IRRELEVANT = {
 }
 """Fields inside a top-level object that cannot change the answer; the object's other fields can."""
 
-_DEFAULTS: Mapping[str, tuple[object, ...]] = {"n": (None, 1), "store": (None,)}
+_DEFAULTS: Mapping[str, tuple[object, ...]] = {"n": (None, 1), "store": (None,), "stream": (None, False)}
 """Values that mean the same as leaving the field out."""
 
 _STATEFUL = ("store", "previous_response_id", "background", "conversation", "prompt")
@@ -87,9 +87,9 @@ def cacheable(body: Mapping[str, Any], route: str) -> bool:
 def cache_key(tenant: str, model: str, route: str, body: Mapping[str, Any]) -> bytes:
     """The 20-byte key of a request: equal for requests that must have equal answers, and for no others. `model`: all
     that says which weights answer."""
-    canonical: dict[str, Any] = {"stream": bool(body.get("stream"))}
+    canonical: dict[str, Any] = {}
     for name, value in body.items():
-        if name in IRRELEVANT or name == "stream":
+        if name in IRRELEVANT:
             continue
         if name in _DEFAULTS and value in _DEFAULTS[name]:
             continue

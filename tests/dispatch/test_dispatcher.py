@@ -11,7 +11,7 @@ import pytest
 
 from helium_proxy.dispatch.dispatcher import Dispatcher
 from helium_proxy.dispatch.settings import DispatchSettings
-from helium_proxy.dispatch.state import QueuedCall
+from helium_proxy.dispatch.state import Assignment, QueuedCall
 from helium_proxy.errors import ModelNotFound, NoWorker, QueueFull
 from helium_proxy.workers.breaker import Breaker
 from helium_proxy.workers.settings import WorkerSpec, WorkersSettings
@@ -342,43 +342,53 @@ async def test_at_once_a_breaker_that_opens_meanwhile_is_waited_for() -> None:
     assert idle(dispatcher)
 
 
-async def test_a_call_in_the_lane_of_a_worker_that_goes_away_waits_for_it_to_come_back() -> None:
-    dispatcher, pool = make("demo", "demo", default_running=1, no_worker_wait_s=0.05)
+async def one_behind_another(**options: Any) -> tuple[Dispatcher, Worker, Assignment, asyncio.Task[Assignment]]:
+    """Two calls that `w0:1` alone can answer, of which it runs one."""
+    dispatcher, pool = make("demo", "demo", default_running=1, **options)
     first = await dispatcher.acquire(call("a", prefer="w0:1"))
-    bound = asyncio.create_task(dispatcher.acquire(call("b", prefer="w0:1")))
-    await asyncio.sleep(0.01)
-    pool["w0:1"].breaker = Breaker(failures=1, cooldown_s=0.02)
-    pool["w0:1"].breaker.record(False, time.monotonic())
+    second = asyncio.create_task(dispatcher.acquire(call("b", prefer="w0:1")))
+    await settled()
+    assert dispatcher.state.queues["demo"].lanes["w0:1"]
+    return dispatcher, pool["w0:1"], first, second
+
+
+async def settled() -> None:
+    """All that was to be done at once has been."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_a_call_in_the_lane_of_a_worker_that_goes_away_waits_for_it_to_come_back() -> None:
+    dispatcher, owner, first, second = await one_behind_another(no_worker_wait_s=60)
+    owner.breaker = Breaker(failures=1, cooldown_s=0.02)
+    owner.breaker.record(False, time.monotonic())
     dispatcher.release(first, ok=True)
-    await asyncio.sleep(0.01)
-    assert not bound.done(), "nobody else could answer it"
+    await settled()
+    assert not second.done(), "nobody else could answer it"
     dispatcher.release(await dispatcher.acquire(call("c")), ok=True)
-    dispatcher.tick(time.monotonic())
-    await asyncio.sleep(0.03)
-    dispatcher.tick(time.monotonic())
-    assignment = await asyncio.wait_for(bound, 5)
-    assert assignment.worker == "w0:1", "the breaker has closed by time"
-    dispatcher.release(assignment, ok=True)
+    async with asyncio.timeout(5):
+        while not second.done():
+            dispatcher.tick(time.monotonic())
+            await asyncio.sleep(0.01)
+    assert second.result().worker == "w0:1", "the breaker has closed by time"
+    dispatcher.release(second.result(), ok=True)
     assert idle(dispatcher)
 
 
 async def test_a_call_whose_own_worker_stays_away_is_told_so() -> None:
-    dispatcher, pool = make("demo", "demo", default_running=1, no_worker_wait_s=5)
-    first = await dispatcher.acquire(call("a", prefer="w0:1"))
-    bound = asyncio.create_task(dispatcher.acquire(call("b", prefer="w0:1")))
-    await asyncio.sleep(0.01)
-    pool["w0:1"].state = "down"
-    dispatcher.worker_changed(pool["w0:1"])
+    dispatcher, owner, first, second = await one_behind_another(no_worker_wait_s=5)
+    owner.state = "down"
+    dispatcher.worker_changed(owner)
     dispatcher.release(first, ok=False)
-    await asyncio.sleep(0)
+    await settled()
     now = time.monotonic()
     dispatcher.tick(now)
     dispatcher.tick(now + 4)
-    await asyncio.sleep(0)
-    assert not bound.done()
+    await settled()
+    assert not second.done()
     dispatcher.tick(now + 6)
     with pytest.raises(NoWorker, match="continues"):
-        await asyncio.wait_for(bound, 5)
+        await asyncio.wait_for(second, 5)
     assert idle(dispatcher)
     dispatcher.tick(now + 7)
     assert not dispatcher._stranded

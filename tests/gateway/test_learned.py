@@ -10,6 +10,7 @@ from unittest.mock import AsyncMock
 import pytest
 from serving import CHAT, Engine, Proxy, Seen, Stack, answer, chat, http_client, until
 
+from helium_proxy import metrics
 from helium_proxy.gateway.events import EventFeeds
 from helium_proxy.residency.kv_book import BlockView
 from helium_proxy.residency.kv_events import EventSource
@@ -223,9 +224,15 @@ async def test_events_that_do_not_say_all_are_not_followed(
     (worker,) = proxy.services.pool.all()
     await until(lambda: proxy.services.events.followed(worker.id))
     residency = proxy.services.dispatcher.state.workers[worker.id].residency
+
+    def heard() -> float:
+        labels = {"worker": worker.id, "kind": "stored"}
+        return metrics.REGISTRY.get_sample_value("helium_kv_events_total", labels) or 0.0
+
+    before = heard()
     for run in ("first", "again"):
         await proxy.chat(f"{shared} {words(20, 2)}", max_tokens=1, helium={"run": run})
-        await asyncio.sleep(0.1)  # for the events to come
+        await until(lambda: heard() > before)
         for _ in range(3):
             proxy.services.events.tick()
     run = (await proxy.client.get("/helium/runs/again")).json()

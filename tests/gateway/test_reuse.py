@@ -287,3 +287,12 @@ async def test_an_answer_without_usage_is_not_kept_for_those_who_want_it(stack: 
         again = await proxy.client.post("/v1/completions", json={**body, **usage})
         assert again.headers["x-helium-cache"] == result
         assert events(again.content)[-2][1]["usage"] == whole.json()["usage"]
+
+
+async def test_words_that_look_like_no_number_are_words(stack: Stack) -> None:
+    """Programs are full of them."""
+    worker = await stack.fake()
+    proxy = await stack.proxy(worker)
+    text = "if (isNaN(x) || x === Infinity) return;"
+    assert (await proxy.chat(text, temperature=0)).headers["x-helium-cache"] == "miss"
+    assert (await proxy.chat(text, temperature=0)).headers["x-helium-cache"] == "hit"
