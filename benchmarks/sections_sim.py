@@ -27,6 +27,9 @@ def simulator(results: Results, folder: Path) -> str:
         return "## Past this machine's size\n\nNot measured in this run."
     found = results["simulate"]
     base = found["base"]
+    measured = "; ".join(
+        f"{part} {about['date'][:10]}, commit `{about['commit']}`" for part, about in found.get("about", {}).items()
+    )
     parts = [
         "## Past this machine's size\n\nIn virtual time: the embedded engine's scheduler at an H100's rates and the "
         f"real dispatch policy. Base point: {base['workers']} engines, {base['runs']} runs of {base['shape']} at "
@@ -36,10 +39,7 @@ def simulator(results: Results, folder: Path) -> str:
         "of replies are known, as they are where clients ask for a fixed one; the engines' rates are known, and what "
         "they cache, as their KV events tell it; in the sweeps an answer is there at once. The profile's prefill is "
         "slower than that of the card measured below, so that a token saved is worth more."
-        + "".join(
-            f" {'Measured: ' if not index else '; '}{part} {about['date'][:10]}, commit `{about['commit']}`"
-            for index, (part, about) in enumerate(found.get("about", {}).items())
-        )
+        + (f" Measured: {measured}." if measured else "")
     ]
     points = found.get("points", [])
     for sweep, (title, label, log_x) in _SWEEPS.items():
